@@ -1,0 +1,3 @@
+"""The version of path-attn."""
+
+__version__ = "0.1.0"
