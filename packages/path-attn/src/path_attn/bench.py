@@ -1,16 +1,15 @@
-"""Speed and memory against plain attention, flash-linear-attention's reference and the paper's way of decoding.
+"""Speed and memory against plain attention, fla's reference and the paper's way of decoding.
 
-Every implementation of a row group runs in the same process, in turns, after a check that the results agree. The
-limit beside each number is measured in the same run: the machine's matrix-product rate for attention, its read
-bandwidth for decoding.
+Every implementation of a row group runs in the same process, in turns, after a check that the
+results agree. The limit beside each number is measured in the same run: the machine's
+matrix-product rate for attention, its read bandwidth for decoding.
 """
 
-import json
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,7 +26,9 @@ from tenfold_common.results import write_bench
 
 HEADS, DIM = 4, 64
 LENGTHS = (512, 2048, 4096, 8192)
-GLOBAL_GRADIENT_LIMIT = 4096  # the global form's backward at 8192 needs more memory than small machines have
+GLOBAL_GRADIENT_LIMIT = (
+    4096  # the global form's backward at 8192 needs more memory than small machines have
+)
 OURS, GLOBAL, SDPA, FLA = "path-attn", "path-attn global form", "SDPA with RoPE", "fla naive"
 TOLERANCE = 2e-4  # fp32, outputs of order 1
 
@@ -37,10 +38,14 @@ def main(argv: list[str]) -> int:
     parser = base_parser("path-attn bench", __doc__.splitlines()[0], __version__)
     parser.add_argument("what", choices=["attention", "memory", "decode"], help="what to measure")
     parser.add_argument("--json", type=Path, help="write the results here as well")
-    parser.add_argument("--lengths", type=int, nargs="+", help="sequence lengths (default: 512 2048 4096 8192)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", help="sequence lengths (default: 512 2048 4096 8192)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each (default: 7)")
-    parser.add_argument("--peak-of", help="internal: print the peak memory of one implementation and stop")
+    parser.add_argument(
+        "--peak-of", help="internal: print the peak memory of one implementation and stop"
+    )
     args = parser.parse_args(argv)
     lengths = tuple(args.lengths or (LENGTHS if args.what != "decode" else (4096,)))
     if min((*lengths, args.threads, args.repeats)) < 1:
@@ -50,12 +55,14 @@ def main(argv: list[str]) -> int:
     if args.peak_of:
         print(_peak_bytes(args.peak_of, lengths[0]))  # noqa: T201
         return 0
-    measure = {"attention": bench_attention, "memory": bench_memory, "decode": bench_decode}[args.what]
+    measure = {"attention": bench_attention, "memory": bench_memory, "decode": bench_decode}[
+        args.what
+    ]
     correctness, rows, notes = measure(lengths, args.repeats)
     for row in rows:
         print(_line(row))  # noqa: T201
     if args.json:
-        command = f"path-attn bench {args.what} --threads {args.threads} --repeats {args.repeats} --json FILE"
+        command = f"path-attn bench {args.what} --threads {args.threads} --repeats {args.repeats}"
         write_bench(
             args.json,
             package="path-attn",
@@ -69,12 +76,14 @@ def main(argv: list[str]) -> int:
 
 
 def _line(row: dict) -> str:
-    measured = f"{row['median_ms']:10.2f} ms" if "median_ms" in row else f"{row['bytes'] / 2**20:8.1f} MiB"
+    measured = (
+        f"{row['median_ms']:10.2f} ms" if "median_ms" in row else f"{row['bytes'] / 2**20:8.1f} MiB"
+    )
     share = f"  {row['fraction_of_limit']:5.0%} of the limit" if "fraction_of_limit" in row else ""
     return f"{row['name']:<18} {row['shape']:<24} {row['impl']:<28} {measured}{share}"
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention
 
 
@@ -90,7 +99,9 @@ def attention_implementations() -> dict[str, Callable[..., Tensor]]:
     """Functions of `(q, k, v, w, beta, g)` to `[B, T, H, V]`; fla's where it is installed."""
     found: dict[str, Callable[..., Tensor]] = {
         OURS: lambda q, k, v, w, beta, g: path_attention(q, k, v, w, beta)[0],
-        f"{OURS} (gates)": lambda q, k, v, w, beta, g: path_attention(q, k, v, w, beta, g, gate_scale="fla")[0],
+        f"{OURS} (gates)": lambda q, k, v, w, beta, g: path_attention(
+            q, k, v, w, beta, g, gate_scale="fla"
+        )[0],
         GLOBAL: lambda q, k, v, w, beta, g: global_path_attention(q, k, v, w, beta),
         SDPA: _rope_sdpa,
     }
@@ -111,7 +122,9 @@ def _rope_sdpa(q: Tensor, k: Tensor, v: Tensor, w: Tensor, beta: Tensor, g: Tens
         left, right = x.chunk(2, -1)
         return (x * cos + torch.cat([-right, left], -1) * sin).transpose(1, 2)
 
-    return F.scaled_dot_product_attention(turn(q), turn(k), v.transpose(1, 2), is_causal=True).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        turn(q), turn(k), v.transpose(1, 2), is_causal=True
+    ).transpose(1, 2)
 
 
 def bench_attention(lengths: tuple[int, ...], repeats: int) -> tuple[dict, list[dict], list[str]]:
@@ -147,8 +160,8 @@ def bench_attention(lengths: tuple[int, ...], repeats: int) -> tuple[dict, list[
                     }
                 )
     notes = [
-        "flops: what causal softmax attention alone needs (2 T^2 d per head forward, 3.5 times that with backward); "
-        "limit: float32 matrix-product rate measured in this run, FLOP/s.",
+        "flops: what causal softmax attention alone needs, 2 T^2 d per head forward and 3.5 times "
+        "that with backward; limit: float32 matrix-product rate measured in this run, FLOP/s.",
         "fla naive computes the gated form; compare it with 'path-attn (gates)'.",
     ]
     if FLA not in impls:
@@ -169,7 +182,10 @@ def _check_attention(impls: dict[str, Callable[..., Tensor]]) -> dict:
     worst = max(errors.values())
     if not worst <= TOLERANCE:
         raise UserError(f"results disagree, no speed is shown: {errors}")
-    return {"gate": f"max |error| against the float64 global form at T = 512 <= {TOLERANCE}", "max_err": worst}
+    return {
+        "gate": f"max |error| against the float64 global form at T = 512 <= {TOLERANCE}",
+        "max_err": worst,
+    }
 
 
 def _call(run: Callable[..., Tensor], args: list[Tensor], grad: bool) -> Callable[[], object]:
@@ -189,7 +205,7 @@ def _call(run: Callable[..., Tensor], args: list[Tensor], grad: bool) -> Callabl
     return both
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Peak memory, each implementation in a process of its own
 
 
@@ -202,15 +218,29 @@ def bench_memory(lengths: tuple[int, ...], repeats: int) -> tuple[dict, list[dic
             for name in ("forward", "forward+backward"):
                 if name != "forward" and impl in (GLOBAL, FLA) and length > GLOBAL_GRADIENT_LIMIT:
                     continue
-                words = [sys.executable, "-m", "path_attn", "bench", "memory", "--lengths", str(length)]
+                words = [
+                    sys.executable,
+                    "-m",
+                    "path_attn",
+                    "bench",
+                    "memory",
+                    "--lengths",
+                    str(length),
+                ]
                 words += ["--threads", str(torch.get_num_threads()), "--peak-of", f"{impl}|{name}"]
-                done = subprocess.run(words, capture_output=True, text=True, check=False)
+                done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603 (itself)
                 if done.returncode:
                     raise UserError(f"{impl} at T = {length} failed: {done.stderr.strip()[-300:]}")
                 shape = f"B1 T{length} H{HEADS} d{DIM}"
                 peak = int(done.stdout.split()[-1])
-                rows.append({"name": name, "impl": impl, "shape": shape, "dtype": "float32", "bytes": peak})
-    return correctness, rows, ["bytes: peak resident set minus that before the call, inputs not counted."]
+                rows.append(
+                    {"name": name, "impl": impl, "shape": shape, "dtype": "float32", "bytes": peak}
+                )
+    return (
+        correctness,
+        rows,
+        ["bytes: peak resident set minus that before the call, inputs not counted."],
+    )
 
 
 def _peak_bytes(task: str, length: int) -> int:
@@ -228,15 +258,20 @@ def _status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
-    raise UserError(f"this system's /proc/self/status has no {field}; memory is measured on Linux only")
+    raise UserError(
+        f"this system's /proc/self/status has no {field}; memory is measured on Linux only"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Decoding
 
 
 def bench_decode(lengths: tuple[int, ...], repeats: int) -> tuple[dict, list[dict], list[str]]:
-    """One token at a time: lazily folded, rewritten each token (the paper), and plain softmax without positions."""
+    """One token at a time.
+
+    Lazily folded, rewritten each token (the paper), and plain softmax without positions.
+    """
     rows: list[dict] = []
     errors = []
     bandwidth = read_bandwidth()
@@ -252,9 +287,13 @@ def bench_decode(lengths: tuple[int, ...], repeats: int) -> tuple[dict, list[dic
                 if dtype == torch.float32:
                     errors.append(_decode_error(batch))
                 # 128 tokens a run: two folds' worth, so their cost is in the average.
-                calls = {impl: lambda w=w: [w.step() for _ in range(128)] for impl, w in walkers.items()}
+                calls = {
+                    impl: lambda w=w: [w.step() for _ in range(128)] for impl, w in walkers.items()
+                }
                 size = 2 * batch * HEADS * length * DIM * dtype.itemsize
-                for impl, seconds in in_turns(calls, repeats, reset=[w.reset for w in walkers.values()]).items():
+                for impl, seconds in in_turns(
+                    calls, repeats, reset=[w.reset for w in walkers.values()]
+                ).items():
                     seconds = [s / 128 for s in seconds]
                     rows.append(
                         {
@@ -270,10 +309,15 @@ def bench_decode(lengths: tuple[int, ...], repeats: int) -> tuple[dict, list[dic
                         }
                     )
     notes = [
-        "Mean over 128 consecutive tokens, folds included; bytes: keys and values read once; limit: read bandwidth of "
-        "a large array measured in this run, bytes/s. Caches that fit the processor's own cache can exceed it.",
+        "Mean over 128 consecutive tokens, folds included; bytes: keys and values read once; "
+        "limit: read bandwidth of a large array measured in this run, bytes/s. Caches that fit the "
+        "processor's own cache can exceed it.",
     ]
-    return {"gate": "lazy fold equals rewriting each token to 1e-4", "max_err": max(errors)}, rows, notes
+    return (
+        {"gate": "lazy fold equals rewriting each token to 1e-4", "max_err": max(errors)},
+        rows,
+        notes,
+    )
 
 
 class Lazy:
@@ -282,15 +326,17 @@ class Lazy:
     def __init__(self, length: int, batch: int, dtype: torch.dtype) -> None:
         self.length = length
         q, k, v, w, beta, _ = inputs(length, batch=batch)
-        self.cache = PaTHKVCache(keep_open=128)
+        self.cache = PaTHKVCache()
         self.prompt = [*(x.to(dtype) for x in (q, k, v)), w, beta]
         path_attention(*self.prompt, cache=self.cache)
         self.token = [x[:, :1].clone() for x in self.prompt]
 
     def step(self) -> Tensor:
+        """Decode one token."""
         return path_attention_decode(*self.token, cache=self.cache)
 
     def reset(self) -> None:
+        """Go back to the prompt."""
         self.cache = PaTHKVCache()
         path_attention(*self.prompt, cache=self.cache)
 
@@ -301,11 +347,14 @@ class Plain:
     def __init__(self, length: int, batch: int, dtype: torch.dtype, sdpa: bool) -> None:
         q, k, v, self.w, self.beta, _ = inputs(length, batch=batch)
         self.start = self.length = length
-        self.k, self.v = (F.pad(x.to(dtype).transpose(1, 2), (0, 0, 0, 256)).contiguous() for x in (k, v))
+        self.k, self.v = (
+            F.pad(x.to(dtype).transpose(1, 2), (0, 0, 0, 256)).contiguous() for x in (k, v)
+        )
         self.token = [x[:, :1].transpose(1, 2).to(dtype) for x in (q, k, v)]
         self.attend = F.scaled_dot_product_attention if sdpa else self._matmul
 
     def step(self) -> Tensor:
+        """Decode one token."""
         q, k, v = self.token
         self.k[:, :, self.length : self.length + 1] = k
         self.v[:, :, self.length : self.length + 1] = v
@@ -316,11 +365,15 @@ class Plain:
         return ((q * DIM**-0.5) @ k.mT).softmax(-1) @ v
 
     def reset(self) -> None:
+        """Go back to the prompt."""
         self.length = self.start
 
 
 class Rewriting(Plain):
-    """The paper's decoding: every cached key is multiplied by the new H, then plain softmax attention."""
+    """The paper's decoding.
+
+    Every cached key is multiplied by the new H, then plain softmax attention.
+    """
 
     def __init__(self, length: int, batch: int, dtype: torch.dtype) -> None:
         super().__init__(length, batch, dtype, sdpa=False)
@@ -334,13 +387,17 @@ class Rewriting(Plain):
         self.w_beta = (self.w[:, 0] * self.beta[:, 0, :, None])[:, :, None].to(dtype)
 
     def step(self) -> Tensor:
+        """Rewrite the keys, then decode one token."""
         keys = self.k[:, :, : self.length]
         keys.addcmul_(keys @ self.w_row.mT, self.w_beta, value=-1)
         return super().step()
 
 
 def _decode_error(batch: int) -> float:
-    """Largest difference between decoding with the lazy cache and by rewriting all keys, over 200 tokens."""
+    """Largest difference between decoding with the lazy cache and by rewriting all keys.
+
+    Over 200 tokens.
+    """
     tokens = inputs(200, batch=batch)[:5]
     q, k, v, w, beta = (x.transpose(1, 2) for x in tokens)
     cache = PaTHKVCache()
@@ -355,16 +412,20 @@ def _decode_error(batch: int) -> float:
         out = path_attention_decode(*(x[:, t : t + 1] for x in tokens), cache=cache)
         worst = max(worst, float((out - expected).abs().max()))
     if not worst <= 1e-4:
-        raise UserError(f"decoding disagrees with rewriting every key by {worst:.2e}; no speed is shown")
+        raise UserError(
+            f"decoding disagrees with rewriting every key by {worst:.2e}; no speed is shown"
+        )
     return worst
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Clocks
 
 
 def in_turns(
-    calls: dict[str, Callable[[], object]], repeats: int, reset: list[Callable[[], None]] | None = None
+    calls: dict[str, Callable[[], object]],
+    repeats: int,
+    reset: list[Callable[[], None]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call: one warm-up each, then `repeats` rounds in alternating order."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -390,7 +451,12 @@ def _quantiles(seconds: list[float]) -> dict[str, float]:
     def at(share: float) -> float:
         return ordered[min(len(ordered) - 1, math.floor(share * len(ordered)))] * 1e3
 
-    return {"median_ms": _median(seconds) * 1e3, "p20_ms": at(0.2), "p80_ms": at(0.8), "n": len(seconds)}
+    return {
+        "median_ms": _median(seconds) * 1e3,
+        "p20_ms": at(0.2),
+        "p80_ms": at(0.8),
+        "n": len(seconds),
+    }
 
 
 def matmul_rate(size: int = 2048) -> float:

@@ -1,16 +1,18 @@
 """PaTH attention in blocks: `O(T (B + K))` memory, differentiable, on any device in plain torch.
 
-The sequence is cut into blocks of `block` tokens, and these into super-blocks of `FAN_OUT` blocks. `prepare` moves
-every query to the start and every key to the end of its block (arXiv 2505.16381, section 3.3) by one triangular
-solve per block, `compose` does the same for super-blocks. With the d x d product P of a whole block, a logit between
-two blocks is then `q_i P_{i-1} ... P_{j+1} k_j^T`, and attention over all earlier blocks is ordinary softmax
-attention once their keys have been moved up to the query's block ("folded"), one d x d product a block.
+The sequence is cut into blocks of `block` tokens, and these into super-blocks of `FAN_OUT` blocks.
+`prepare` moves every query to the start and every key to the end of its block (arXiv 2505.16381,
+section 3.3) by one triangular solve per block, `compose` does the same for super-blocks. With the d
+x d product P of a whole block, a logit between two blocks is then `q_i P_{i-1} ... P_{j+1} k_j^T`,
+and attention over all earlier blocks is ordinary softmax attention once their keys have been moved
+up to the query's block ("folded"), one d x d product a block.
 
-A forget gate is one more factor of the path: two extra dimensions, in which the product is a shear, add the log gates
-between key and query to the logit. Gates are thus summed within blocks only, never over the whole sequence.
+A forget gate is one more factor of the path: two extra dimensions, in which the product is a shear,
+add the log gates between key and query to the logit. Gates are thus summed within blocks only,
+never over the whole sequence.
 
-Letters: N rows (batch x key heads), G query heads per key head, n blocks, b block size, D head dimension (plus the
-two gate dimensions), V value dimension.
+Letters: N rows (batch x key heads), G query heads per key head, n blocks, b block size, D head
+dimension (plus the two gate dimensions), V value dimension.
 """
 
 from typing import NamedTuple
@@ -29,7 +31,8 @@ class Level(NamedTuple):
     Attributes:
         q: Queries at the start of their block, times the softmax scale, `[N, G, n, b, D]`.
         k: Keys at the end of their block, `[N, n, b, D]`.
-        p: Products over the blocks, for row vectors: `q @ p` crosses a block leftwards, `[N, n, D, D]`.
+        p: Products over the blocks, for row vectors: `q @ p` crosses a block leftwards, `[N, n, D,
+            D]`.
     """
 
     q: Tensor
@@ -38,7 +41,7 @@ class Level(NamedTuple):
 
 
 class Absorbed(NamedTuple):
-    """The reflections of each block in UT form: U = T W and Y = T stril(W K^T), with what they do to the keys.
+    """The reflections of each block in UT form, U = T W and Y = T stril(W K^T), and their effect.
 
     Attributes:
         w: Directions of the block's steps, `[N, n, b R, K]`.
@@ -56,9 +59,10 @@ class Absorbed(NamedTuple):
 
 
 def absorb(k: Tensor, w: Tensor, beta: Tensor) -> Absorbed:
-    """Solve one unit-triangular system per block: T = (I + stril(D W W^T))^{-1} D applied to [W, stril(W K^T)].
+    """Solve one unit-triangular system per block.
 
-    Then k' = k - Y^T W and P = I - W^T U.
+    T = (I + stril(D W W^T))^{-1} D is applied to W and to stril(W K^T), which gives U and Y. Then
+    k' = k - Y^T W and P = I - W^T U.
 
     Args:
         k: Keys, `[N, n, b, K]`.
@@ -80,7 +84,9 @@ def absorb(k: Tensor, w: Tensor, beta: Tensor) -> Absorbed:
 
 
 def prepare(q: Tensor, k: Tensor, w: Tensor, beta: Tensor, block: int) -> tuple[Tensor, Level]:
-    """Absorb all reflections inside each block: logits = Q K^T - tril(Q W^T) Y and q' = q - tril(Q W^T) U.
+    """Absorb all reflections inside each block.
+
+    logits = Q K^T - tril(Q W^T) Y and q' = q - tril(Q W^T) U.
 
     Args:
         q: Scaled queries, `[N, G, T, K]`, T a multiple of `block`.
@@ -97,7 +103,9 @@ def prepare(q: Tensor, k: Tensor, w: Tensor, beta: Tensor, block: int) -> tuple[
     done = absorb(k, w.unflatten(1, (-1, block)), beta.unflatten(1, (-1, block)))
     token = torch.arange(block, device=q.device)
     step = token.repeat_interleave(w.shape[2])
-    before_query = (q @ done.w.mT.unsqueeze(1)) * (token[:, None] >= step)  # tril(Q W^T), [N, G, n, b, b R]
+    before_query = (q @ done.w.mT.unsqueeze(1)) * (
+        token[:, None] >= step
+    )  # tril(Q W^T), [N, G, n, b, b R]
     logits = q @ k.mT.unsqueeze(1) - before_query @ done.y.unsqueeze(1)
     return logits, Level(q - before_query @ done.u.unsqueeze(1), done.k, done.p)
 
@@ -112,8 +120,8 @@ def prepare_without_reflections(q: Tensor, k: Tensor, block: int) -> tuple[Tenso
 def add_gates(level: Level, gates: Tensor) -> Level:
     """Append the gate dimensions to a level whose G is 1.
 
-    A query carries (sum of gates from its block's start, 1), a key (1, sum of gates to its block's end), and crossing
-    a block adds the block's sum.
+    A query carries (sum of gates from its block's start, 1), a key (1, sum of gates to its block's
+    end), and crossing a block adds the block's sum.
 
     Args:
         level: Blocks without gates.
@@ -158,12 +166,15 @@ def compose(level: Level, size: int) -> Level:
     return Level(torch.cat(queries, 3), k, product)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Softmax attention of queries to one set of keys, as a part of a larger softmax
 
 
 class Rules(NamedTuple):
-    """How logits become weights: soft cap (0 = none), window (0 = none), trailing gate dimensions."""
+    """How logits become weights.
+
+    Soft cap (0 = none), window (0 = none), trailing gate dimensions.
+    """
 
     softcap: float
     window: int
@@ -174,7 +185,9 @@ def _uses_flash(q: Tensor, rules: Rules, mask: Tensor | None) -> bool:
     return q.device.type == "cpu" and mask is None and not rules.softcap
 
 
-def _logits(q: Tensor, k: Tensor, rules: Rules, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _logits(
+    q: Tensor, k: Tensor, rules: Rules, mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Logits with cap, gates and mask, and the derivative of the cap, both `[..., q, k]`."""
     if not rules.softcap:
         logits, slope = q @ k.mT, None
@@ -194,7 +207,10 @@ def _widen(x: Tensor, size: int) -> Tensor:
 def part_forward(
     q: Tensor, k: Tensor, v: Tensor, rules: Rules, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of `q [N, q, D]` to `k [N, k, D]`, `v [N, k, V]`: output `[N, q, V]` and log-sum-exp `[N, q]`."""
+    """Attention of `q [N, q, D]` to `k [N, k, D]`, `v [N, k, V]`.
+
+    Output `[N, q, V]` and log-sum-exp `[N, q]`.
+    """
     if not k.shape[1]:
         return q.new_zeros(*q.shape[:2], v.shape[-1]), q.new_full(q.shape[:2], -torch.inf)
     if _uses_flash(q, rules, mask):
@@ -210,9 +226,19 @@ def part_forward(
 
 
 def part_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rules: Rules, mask: Tensor | None
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rules: Rules,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one part given the output and log-sum-exp of the *whole* softmax; all `[N, parts, tokens, dim]`."""
+    """Gradients of one part given the output and log-sum-exp of the *whole* softmax.
+
+    All `[N, parts, tokens, dim]`.
+    """
     if _uses_flash(q, rules, mask):
         width = max(q.shape[-1], v.shape[-1])
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -232,7 +258,10 @@ def part_backward(
 
 
 def merge_parts(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Join the parts of one softmax: outputs `[..., V]` with log-sum-exps `[...]`; a part may be empty (-inf)."""
+    """Join the parts of one softmax: outputs `[..., V]` with log-sum-exps `[...]`.
+
+    A part may be empty (-inf).
+    """
     total = lses[0]
     for lse in lses[1:]:
         total = torch.logaddexp(total, lse)
@@ -242,12 +271,15 @@ def merge_parts(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]
     return out, total
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention over levels, as one operator that torch.compile takes whole
 
 
 def _grouped(x: Tensor, groups: int, tokens: int) -> Tensor:
-    """`[N, G, T, ...]` to `[N groups, m, G tokens, ...]`: the blocks of each group, query heads side by side."""
+    """`[N, G, T, ...]` to `[N groups, m, G tokens, ...]`.
+
+    The blocks of each group, query heads side by side.
+    """
     x = x.unflatten(2, (groups, -1, tokens))
     x = x.movedim(1, 3)  # [N, groups, m, G, tokens, ...]
     return x.flatten(3, 4).flatten(0, 1)
@@ -259,8 +291,13 @@ def _ungrouped(x: Tensor, groups: int, heads: int) -> Tensor:
     return x.movedim(3, 1).flatten(2, 4)
 
 
-def _window_mask(rules: Rules, r: int, tokens: int, heads: int, device: torch.device) -> tuple[int, Tensor | None]:
-    """First key of the r earlier blocks that block r can see, and a mask `[G tokens, keys]` where not all see all."""
+def _window_mask(
+    rules: Rules, r: int, tokens: int, heads: int, device: torch.device
+) -> tuple[int, Tensor | None]:
+    """First key, of those in the r earlier blocks, that block r can see.
+
+    With it a mask `[G tokens, keys]`, or None where every query sees all keys from there on.
+    """
     if not rules.window:
         return 0, None
     first = max(0, r * tokens - rules.window + 1)
@@ -292,7 +329,8 @@ def levels_forward(
     Args:
         logits: Final logits inside the finest blocks, `[N, G, n, b, b]`.
         v: Values, `[N, T, V]`.
-        qs: Per level, finest first, `[N, G, n_l, b_l, D]`; level l + 1 joins equal runs of level l's blocks.
+        qs: Per level, finest first, `[N, G, n_l, b_l, D]`; level l + 1 joins equal runs of level
+            l's blocks.
         ks: Per level, `[N, n_l, b_l, D]`.
         ps: Per level, `[N, n_l, D, D]`.
         softcap: Cap of the logits, gates excluded; 0 for none.
@@ -311,10 +349,15 @@ def levels_forward(
     for q, k, p, groups in zip(qs, ks, ps, _groups(ps), strict=True):
         tokens = q.shape[3]
         q = _grouped(q.flatten(2, 3), groups, tokens)  # [N groups, m, G tokens, D]
-        k, p, values = (x.reshape(q.shape[0], -1, *x.shape[-2:]) for x in (k, p, v.unflatten(1, (-1, tokens))))
+        k, p, values = (
+            x.reshape(q.shape[0], -1, *x.shape[-2:]) for x in (k, p, v.unflatten(1, (-1, tokens)))
+        )
         out = v.new_zeros(*q.shape[:3], v.shape[-1])
         lse = v.new_full(q.shape[:3], -torch.inf)
-        folded, start = k[:, 0], 0  # the keys of blocks < r at the end of block r - 1, from token `start` on
+        folded, start = (
+            k[:, 0],
+            0,
+        )  # the keys of blocks < r at the end of block r - 1, from token `start` on
         for r in range(1, q.shape[1]):
             first, mask = _window_mask(rules, r, tokens, heads, q.device)
             folded, start = folded[:, first - start :], first
@@ -349,15 +392,18 @@ def levels_backward(
 ) -> list[Tensor]:
     """Gradients of `levels_forward` for `[logits, v, *qs, *ks, *ps]`.
 
-    The state of a query block at every earlier block is walked again right to left, so nothing of size T x T is kept;
-    the gradient then walks left to right. P is never inverted: it is singular where beta = 1.
+    The state of a query block at every earlier block is walked again right to left, so nothing of
+    size T x T is kept; the gradient then walks left to right. P is never inverted: it is singular
+    where beta = 1.
     """
     rules = Rules(softcap, window, gate_dims)
     heads, block = logits.shape[1], logits.shape[-1]
     v_blocks, grad_blocks = v.unflatten(1, (-1, block)).unsqueeze(1), grad.unflatten(2, (-1, block))
     delta = (grad * out).sum(-1).unflatten(2, (-1, block))
     mask = _diagonal_mask(block, rules, logits.device)
-    weights = torch.exp(logits.masked_fill(~mask, -torch.inf) - lse.unflatten(2, (-1, block)).unsqueeze(-1))
+    weights = torch.exp(
+        logits.masked_fill(~mask, -torch.inf) - lse.unflatten(2, (-1, block)).unsqueeze(-1)
+    )
     d_logits = weights * (grad_blocks @ v_blocks.mT - delta.unsqueeze(-1))
     dv = (weights.mT @ grad_blocks).sum(1).flatten(1, 2)
     d_qs, d_ks, d_ps = [], [], []
@@ -365,7 +411,9 @@ def levels_backward(
         tokens, shapes = q.shape[3], (k.shape, p.shape)
         q, grad_, out_ = (_grouped(x, groups, tokens) for x in (q.flatten(2, 3), grad, out))
         lse_ = _grouped(lse.unsqueeze(-1), groups, tokens).squeeze(-1)
-        k, p, values = (x.reshape(q.shape[0], -1, *x.shape[-2:]) for x in (k, p, v.unflatten(1, (-1, tokens))))
+        k, p, values = (
+            x.reshape(q.shape[0], -1, *x.shape[-2:]) for x in (k, p, v.unflatten(1, (-1, tokens)))
+        )
         dq, dk, dp, d_values = (torch.zeros_like(x) for x in (q, k, p, values))
         for r in range(1, q.shape[1]):
             first, mask = _window_mask(rules, r, tokens, heads, q.device)
@@ -377,9 +425,15 @@ def levels_backward(
                 states.append(states[-1] @ p[:, j])
             states = torch.stack(states[::-1], 1)  # [N groups, r - oldest, G tokens, D]
             if mask is not None:  # one mask a part, `[parts, G tokens, tokens]`
-                mask = F.pad(mask, (first - oldest * tokens, 0)).unflatten(1, (-1, tokens)).transpose(0, 1)
+                mask = (
+                    F.pad(mask, (first - oldest * tokens, 0))
+                    .unflatten(1, (-1, tokens))
+                    .transpose(0, 1)
+                )
             seen = slice(oldest, r)
-            whole = [x[:, r, None].expand(-1, r - oldest, *x.shape[2:]) for x in (grad_, out_, lse_)]
+            whole = [
+                x[:, r, None].expand(-1, r - oldest, *x.shape[2:]) for x in (grad_, out_, lse_)
+            ]
             d_states, dk_r, dv_r = part_backward(
                 whole[0], states, k[:, seen], values[:, seen], whole[1], whole[2], rules, mask
             )
@@ -400,11 +454,17 @@ def levels_backward(
 
 @levels_backward.register_fake
 def _(grad, logits, v, qs, ks, ps, out, lse, softcap, window, gate_dims):
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (logits, v, *qs, *ks, *ps)]
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (logits, v, *qs, *ks, *ps)
+    ]
 
 
 def _groups(ps: list[Tensor]) -> list[int]:
-    """How many groups of blocks each level has: the number of blocks of the level above, 1 at the top."""
+    """How many groups of blocks each level has.
+
+    The number of blocks of the level above, 1 at the top.
+    """
     return [*(p.shape[1] for p in ps[1:]), 1]
 
 
@@ -423,13 +483,22 @@ def _backward(ctx, grad, _):
     n = ctx.levels
     qs, ks, ps = levels[:n], levels[n : 2 * n], levels[2 * n :]
     grads = levels_backward(grad.contiguous(), logits, v, qs, ks, ps, out, lse, *ctx.rules)
-    return grads[0], grads[1], grads[2 : 2 + n], grads[2 + n : 2 + 2 * n], grads[2 + 2 * n :], None, None, None
+    return (
+        grads[0],
+        grads[1],
+        grads[2 : 2 + n],
+        grads[2 + n : 2 + 2 * n],
+        grads[2 + 2 * n :],
+        None,
+        None,
+        None,
+    )
 
 
 levels_forward.register_autograd(_backward, setup_context=_save)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The whole operation
 
 
@@ -495,8 +564,13 @@ def cut(
     return Prepared(logits, v, levels)
 
 
-def attend(prepared: Prepared, *, softcap: float = 0.0, window: int = 0, gated: bool = False) -> tuple[Tensor, Tensor]:
-    """Attention over a prepared sequence: out `[N, G, T', V]` and log-sum-exp `[N, G, T']`, T' padded."""
+def attend(
+    prepared: Prepared, *, softcap: float = 0.0, window: int = 0, gated: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention over a prepared sequence.
+
+    Out `[N, G, T', V]` and log-sum-exp `[N, G, T']`, T' padded.
+    """
     levels = prepared.levels
     return levels_forward(
         prepared.logits,

@@ -1,11 +1,12 @@
 """The key/value cache of one PaTH attention layer, folded lazily.
 
-The paper rewrites every cached key at every token (`k <- H_t k`), which costs an extra pass over the keys per token
-and rounds them each time. Here the keys stay as they were at the last *fold point*, read-only. The tokens since then
-are *open*: a small matrix, the *walk*, holds the product M = H_{fold+1} ... H_t above the open keys moved up to t.
-A new token multiplies the walk by its H once, and `walk @ q` yields both the query as the folded keys must see it
-(M q) and the logits of the open tokens. Every `FOLD` tokens the oldest open ones are folded: one pass over the keys,
-one rounding.
+The paper rewrites every cached key at every token (`k <- H_t k`), which costs an extra pass over
+the keys per token and rounds them each time. Here the keys stay as they were at the last *fold
+point*, read-only. The tokens since then are *open*: a small matrix, the *walk*, holds the product M
+= H_{fold+1} ... H_t above the open keys moved up to t. A new token multiplies the walk by its H
+once, and `walk @ q` yields both the query as the folded keys must see it (M q) and the logits of
+the open tokens. Every `FOLD` tokens the oldest open ones are folded: one pass over the keys, one
+rounding.
 """
 
 from collections.abc import Callable
@@ -22,21 +23,23 @@ FOLD_ROWS = 4096  # keys folded at once, so that a fold needs little extra memor
 
 
 class PaTHKVCache:
-    """Keys, values and open tokens of one layer. Inference only: what it stores carries no gradient.
+    """Keys, values and open tokens of one layer, for inference: no gradient flows into it.
 
-    Columns are tokens in the order they were given; a column can be masked in some rows (padding). All rows have the
-    same number of columns, `length`; `lengths` counts the real tokens of each row.
+    Columns are tokens in the order they were given; a column can be masked in some rows (padding).
+    All rows have the same number of columns, `length`; `lengths` counts the real tokens of each
+    row.
 
     Args:
-        keep_open: Tokens that always stay open, so that at least so many can be taken back by `crop`.
-        history: Also keep the unfolded keys, directions, strengths and gates, so that `crop` reaches any length.
-            Doubles the memory (keys and directions once more).
+        keep_open: Tokens that always stay open, so that at least so many can be taken back by
+            `crop`.
+        history: Also keep the unfolded keys, directions, strengths and gates, so that `crop`
+            reaches any length. Doubles the memory (keys and directions once more).
 
     Attributes:
         length: Columns held.
         gate_scale: The gate convention of the first call, checked at later ones.
-        extra: Free for the layer's own per-row state (its convolution window); `[B, ...]` tensors by name, reordered
-            with the rows.
+        extra: Free for the layer's own per-row state (its convolution window); `[B, ...]` tensors
+            by name, reordered with the rows.
     """
 
     def __init__(self, *, keep_open: int = 32, history: bool = False) -> None:
@@ -55,12 +58,17 @@ class PaTHKVCache:
         self._v: Tensor | None = None  # [B, H, capacity, V]
         self._bias: Tensor | None = None  # [B, HQ, capacity]: minus the gates since the fold point
         self._bias_now: Tensor | None = None  # [B, HQ]: the gates since the fold point
-        self._valid: Tensor | None = None  # [B, capacity] bool; None while every column is real in every row
+        self._valid: Tensor | None = (
+            None  # [B, capacity] bool; None while every column is real in every row
+        )
         self._walk: Tensor | None = None  # [B, H, K + FOLD + keep_open, K]
-        self._open: dict[str, Tensor] = {}  # k [B, n, H, K], w [B, n, H, R, K], beta [B, n, H, R], g [B, n, HQ]
+        self._open: dict[
+            str, Tensor
+        ] = {}  # k [B, n, H, K], w [B, n, H, R, K], beta [B, n, H, R], g [B, n, HQ]
         self._past: dict[str, Tensor] = {}  # the same of all columns, with `history`
 
-    # -- what it holds -------------------------------------------------------------------------------------------
+    # -- what it holds
+    # -------------------------------------------------------------------------------------------
 
     @property
     def batch(self) -> int:
@@ -88,13 +96,11 @@ class PaTHKVCache:
 
     @property
     def bias(self) -> Tensor | None:
-        """What the gates add to each column's logit, up to a constant per row, `[B, HQ, length]`; None ungated."""
-        return None if self._bias is None else self._bias[:, :, : self.length]
+        """What the gates add to each logit, up to a constant per row, `[B, HQ, length]`.
 
-    @property
-    def bias_now(self) -> Tensor | None:
-        """The constant that makes `bias` exact: the gates since the fold point, `[B, HQ]`; None ungated."""
-        return self._bias_now
+        None without gates.
+        """
+        return None if self._bias is None else self._bias[:, :, : self.length]
 
     @property
     def valid(self) -> Tensor | None:
@@ -117,10 +123,13 @@ class PaTHKVCache:
 
     def _held(self, x: Tensor | None) -> Tensor:
         if x is None:
-            raise UserError("the cache is empty: prefill it before decoding (path_attention with return_cache=True)")
+            raise UserError(
+                "the cache is empty: prefill it first, with path_attention(..., return_cache=True)"
+            )
         return x[:, :, : self.length]
 
-    # -- adding tokens -------------------------------------------------------------------------------------------
+    # -- adding tokens
+    # -------------------------------------------------------------------------------------------
 
     def extend(
         self,
@@ -198,12 +207,20 @@ class PaTHKVCache:
         start, self.length = self.length, self.length + k.shape[1]
         if self._v is None:
             heads, batch = k.shape[2], k.shape[0]
-            self._k, self._v = k.new_empty(batch, heads, 0, k.shape[3]), v.new_empty(batch, heads, 0, v.shape[3])
+            self._k, self._v = (
+                k.new_empty(batch, heads, 0, k.shape[3]),
+                v.new_empty(batch, heads, 0, v.shape[3]),
+            )
             if g is not None:
-                self._bias, self._bias_now = g.new_empty(batch, g.shape[2], 0), g.new_zeros(batch, g.shape[2])
+                self._bias, self._bias_now = (
+                    g.new_empty(batch, g.shape[2], 0),
+                    g.new_zeros(batch, g.shape[2]),
+                )
         if self.length > self._v.shape[2]:
             capacity = max(self.length, 256, 2 * start)
-            self._each(lambda x, axis: _grow(x, axis, capacity), only=("_k", "_v", "_bias", "_valid"))
+            self._each(
+                lambda x, axis: _grow(x, axis, capacity), only=("_k", "_v", "_bias", "_valid")
+            )
         self._v[:, :, start : self.length] = v.transpose(1, 2)
         if g is not None and self._bias is not None and self._bias_now is not None:
             sums = self._bias_now[..., None] + g.transpose(1, 2).cumsum(-1)
@@ -212,7 +229,9 @@ class PaTHKVCache:
             if self.history:
                 self._past["g"] = _join(self._past.get("g"), g)
         if self._valid is None and valid is not None and not bool(valid.all()):
-            self._valid = torch.ones(v.shape[0], self._v.shape[2], dtype=torch.bool, device=v.device)
+            self._valid = torch.ones(
+                v.shape[0], self._v.shape[2], dtype=torch.bool, device=v.device
+            )
         if self._valid is not None:
             self._valid[:, start : self.length] = True if valid is None else valid
 
@@ -258,14 +277,15 @@ class PaTHKVCache:
         else:
             self._walk[:, :, :dim] = torch.eye(dim, dtype=k.dtype, device=k.device)
 
-    # -- taking tokens back, choosing rows -------------------------------------------------------------------------
+    # -- taking tokens back, choosing rows
+    # -------------------------------------------------------------------------
 
     def crop(self, length: int) -> None:
         """Forget all columns from `length` on.
 
         Raises:
-            UserError: `length` is negative or lies before the fold point (and `history` is off). H is singular at
-                beta = 1, so a fold cannot be undone.
+            UserError: `length` is negative or lies before the fold point (and `history` is off). H
+                is singular at beta = 1, so a fold cannot be undone.
         """
         if length < 0:
             raise UserError(f"cannot crop to {length} tokens; the length must be 0 or more")
@@ -277,8 +297,9 @@ class PaTHKVCache:
         if self._walk is not None and length < self._folded:
             if not self.history:
                 raise UserError(
-                    f"cannot crop to {length} tokens: {self._folded} of {self.length} are folded and a fold cannot be "
-                    f"undone. Use PaTHKVCache(keep_open=n) to be able to take n tokens back, or history=True for any"
+                    f"cannot crop to {length} tokens: {self._folded} of {self.length} are folded, "
+                    f"which cannot be undone. Use PaTHKVCache(keep_open=n) to be able to take n "
+                    f"tokens back, or history=True for any"
                 )
             self._refill(length)
             return
@@ -297,10 +318,20 @@ class PaTHKVCache:
         v, valid = self.values[:, :, :length].transpose(1, 2), self.valid
         self._clear()
         k = past["k"].to(v.dtype)
-        self.extend(k, v, past["w"], past["beta"], past.get("g"), None if valid is None else valid[:, :length])
+        self.extend(
+            k,
+            v,
+            past["w"],
+            past["beta"],
+            past.get("g"),
+            None if valid is None else valid[:, :length],
+        )
 
     def reorder(self, index: Tensor) -> None:
-        """Take row `index[b]` as row b (beam search); `index` is `[B']` int64, rows may repeat or be left out."""
+        """Take row `index[b]` as row b (beam search).
+
+        `index` is `[B']` int64, rows may repeat or be left out.
+        """
         self._each(lambda x, _: x.index_select(0, index.to(x.device)))
 
     def repeat(self, times: int) -> None:
@@ -319,11 +350,19 @@ class PaTHKVCache:
 
 
 def _to_end(k: Tensor, w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys `[B, H, n, K]` at the end of n tokens and their product `[B, H, K, K]`; inputs as in `_open`."""
+    """Keys `[B, H, n, K]` at the end of n tokens and their product `[B, H, K, K]`.
+
+    Inputs as in `_open`.
+    """
     batch, count, heads, _ = k.shape
     block = min(FOLD, count)
-    extra = -count % block  # in front: the identity steps must not come after the last token's own place
-    rows = (F.pad(x.movedim(2, 1).flatten(0, 1), (0, 0) * (x.dim() - 3) + (extra, 0)) for x in (k, w, beta))
+    extra = (
+        -count % block
+    )  # in front: the identity steps must not come after the last token's own place
+    rows = (
+        F.pad(x.movedim(2, 1).flatten(0, 1), (0, 0) * (x.dim() - 3) + (extra, 0))
+        for x in (k, w, beta)
+    )
     done = absorb(*(x.unflatten(1, (-1, block)) for x in rows))
     keys, product = move_to_end(done.k, done.p)
     return keys[:, extra:].unflatten(0, (batch, heads)), product.unflatten(0, (batch, heads))

@@ -1,6 +1,9 @@
-"""The public operation: checks its inputs, chooses a back-end, handles padding, packing and the cache."""
+"""The public operation.
 
-import warnings
+It checks its inputs, chooses a back-end, handles padding, packing and the cache.
+"""
+
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -8,21 +11,21 @@ from torch import Tensor
 
 from path_attn import blockwise
 from path_attn.cache import PaTHKVCache
+from path_attn.checks import (
+    check_cache,
+    check_cu_seqlens,
+    check_mask,
+    check_options,
+    check_shapes,
+    check_values,
+    choose_backend,
+)
 from path_attn.reference import global_path_attention
-from tenfold_common.errors import UserError, suggest
-from tenfold_common.optional import is_available, require
+from tenfold_common.errors import UserError
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 GateScale = Literal["paper", "fla"]
-BACKENDS = ("auto", "reference", "torch", "triton")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-TRITON_MAX_HEAD_DIM = 256
 STEP_TOKENS = 8  # up to so many new tokens walk one by one instead of folding the whole cache
-UNIT_NORM_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-
-
-class PaTHWarning(UserWarning):
-    """Something about the inputs that is legal and probably not meant."""
 
 
 def path_attention(
@@ -46,36 +49,43 @@ def path_attention(
     max_beta: float | None = None,
     strict: bool = False,
 ) -> tuple[Tensor, PaTHKVCache | None]:
-    r"""Causal softmax attention whose logits are `k_j^T H_{j+1} ... H_i q_i` (arXiv 2505.16381, eq. 2).
+    r"""Causal softmax attention whose logits are `k_j^T H_{j+1} ... H_i q_i`.
 
+    This is PaTH, arXiv 2505.16381, section 3.1:
     H_t = I - beta_t w_t w_t^T. With gates (PaTH-FoX) the sum of log gates from j + 1 to i is added.
 
     Args:
-        q: Queries, `[B, T, HQ, K]`, float32, float64, bfloat16 or float16. The arithmetic is float32 (float64 for
-            float64) on the torch back-end.
+        q: Queries, `[B, T, HQ, K]`, float32, float64, bfloat16 or float16. The arithmetic is
+            float32 (float64 for float64) on the torch back-end.
         k: Keys, `[B, T, H, K]`, dtype of q; HQ is a multiple of H.
         v: Values, `[B, T, H, V]`, dtype of q.
-        w: Unit directions (or zero, which makes H = I), `[B, T, H, K]`, any of the dtypes; `[B, T, H, R, K]` for R
-            reflections a token, the last of which meets the query first. None together with beta: H = I.
-        beta: Strengths in [0, 2], `[B, T, H]` (`[B, T, H, R]`). Keep float32: near 2 a bfloat16 rounds to 2.
+        w: Unit directions (or zero, which makes H = I), `[B, T, H, K]`, any of the dtypes; `[B, T,
+            H, R, K]` for R reflections a token, the last of which meets the query first. None
+                together with beta: H = I.
+        beta: Strengths in [0, 2], `[B, T, H]` (`[B, T, H, R]`). Keep float32: near 2 a bfloat16
+            rounds to 2.
         g: Log forget gates <= 0, one per query head, `[B, T, HQ]`. Keep float32.
         scale: Multiplies the logits. Defaults to `K ** -0.5`.
         gate_scale: "paper" adds the gates to the scaled logits; "fla" scales them as well, as
-            flash-linear-attention does. A model must be run with the convention it was trained with.
-        cu_seqlens: Boundaries of sequences packed along T, `[N + 1]` int32/int64, 0 first and T last; needs B = 1.
-            Read on the host, so `torch.compile` breaks its graph here.
-        attention_mask: 1 for real tokens, `[B, T]` bool or integer, any pattern. A masked token is neither a key nor
-            a step of the path, and its output is 0.
+            flash-linear-attention does. A model must be run with the convention it was trained
+            with.
+        cu_seqlens: Boundaries of sequences packed along T, `[N + 1]` int32/int64, 0 first and T
+            last; needs B = 1. Read on the host, so `torch.compile` breaks its graph here.
+        attention_mask: 1 for real tokens, `[B, T]` bool or integer, any pattern. A masked token is
+            neither a key nor a step of the path, and its output is 0.
         window: Key j is visible to query i iff `0 <= i - j < window`, counted in real tokens.
         softcap: Replaces `x = scale * A` by `softcap * tanh(x / softcap)`, before the gates.
-        cache: What came before; the tokens given are appended to it in place. No gradient flows into it.
+        cache: What came before; the tokens given are appended to it in place. No gradient flows
+            into it.
         return_cache: Start a cache where none is given.
-        backend: "reference" (global UT form, O(T^2) memory), "torch" (blockwise, O(T block_size) memory), "triton"
-            (CUDA), or "auto": triton for CUDA tensors where it applies, otherwise torch.
+        backend: "reference" (global UT form, O(T^2) memory), "torch" (blockwise, O(T block_size)
+            memory), "triton" (CUDA), or "auto": triton for CUDA tensors where it applies, otherwise
+            torch.
         block_size: Tokens per block, 1 to 256. It changes speed and memory, not the result.
-        max_beta: Clips beta from above; None leaves it. Rounding can push an eigenvalue below -1 near beta = 2.
-        strict: Also check values everywhere: NaN, range of beta and g, norm of w. On the CPU the ranges of beta and
-            g are always checked (not under `torch.compile`).
+        max_beta: Clips beta from above; None leaves it. Rounding can push an eigenvalue below -1
+            near beta = 2.
+        strict: Also check values everywhere: NaN, range of beta and g, norm of w. On the CPU the
+            ranges of beta and g are always checked (not under `torch.compile`).
 
     Returns:
         o: `[B, T, HQ, V]`, dtype of q. cache: `cache`, a new one with `return_cache`, else None.
@@ -95,17 +105,17 @@ def path_attention(
     if w is not None and w.dim() == 4:
         w = w.unsqueeze(3)
         beta = beta if beta is None else beta.unsqueeze(-1)
-    _check_shapes(q, k, v, w, beta, g)
-    _check_options(q, scale, gate_scale, window, softcap, backend, block_size, max_beta)
+    check_shapes(q, k, v, w, beta, g)
+    check_options(q, scale, gate_scale, window, softcap, backend, block_size, max_beta)
     if not torch.compiler.is_compiling() and (strict or q.device.type == "cpu"):
-        _check_values(q, k, v, w, beta, g, strict, max_beta)
+        check_values(q, k, v, w, beta, g, strict, max_beta)
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, q, attention_mask, cache, return_cache)
+        check_cu_seqlens(cu_seqlens, q, attention_mask, cache, return_cache)
     if attention_mask is not None:
-        attention_mask = _check_mask(attention_mask, q)
+        attention_mask = check_mask(attention_mask, q)
     if cache is None and return_cache:
         cache = PaTHKVCache()
-    backend = _choose_backend(backend, q, v)
+    backend = choose_backend(backend, q, v)
 
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
@@ -120,7 +130,7 @@ def path_attention(
         )
         run = _Runner(backend, block_size, window or 0, softcap or 0.0, q.dtype)
         if cache is not None:
-            _check_cache(cache, q, k, v, w, g, backend, gate_scale)
+            check_cache(cache, q, k, v, w, g, backend, gate_scale)
             out = run.cached(tokens, attention_mask, cache, k.dtype)
         elif cu_seqlens is not None:
             out = run.packed(tokens, cu_seqlens.tolist())
@@ -157,11 +167,25 @@ def path_attention_decode(
         UserError: the cache is empty, or an input does not fit.
     """
     if cache.length == 0:
-        raise UserError("the cache is empty: prefill it first with path_attention(..., cache=cache)")
+        raise UserError(
+            "the cache is empty: prefill it first with path_attention(..., cache=cache)"
+        )
     out, _ = path_attention(
-        q, k, v, w, beta, g, cache=cache, scale=scale, gate_scale=gate_scale, attention_mask=attention_mask,
-        window=window, softcap=softcap, backend=backend, max_beta=max_beta,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        w,
+        beta,
+        g,
+        cache=cache,
+        scale=scale,
+        gate_scale=gate_scale,
+        attention_mask=attention_mask,
+        window=window,
+        softcap=softcap,
+        backend=backend,
+        max_beta=max_beta,
+    )
     return out
 
 
@@ -176,7 +200,7 @@ def parallel_path_attn(
     cu_seqlens: Tensor | None = None,
     use_cache: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`path_attention` with the signature and gate convention of flash-linear-attention's function of this name.
+    """`path_attention` with the signature and gate convention of fla's function of this name.
 
     Args:
         q: `[B, T, HQ, K]`.
@@ -193,7 +217,16 @@ def parallel_path_attn(
         o: `[B, T, HQ, V]`. k_cache: `[B, T, H, K]`, dtype of k, or None.
     """
     out, cache = path_attention(
-        q, k, v, w, beta, g, scale=scale, gate_scale="fla", cu_seqlens=cu_seqlens, return_cache=use_cache
+        q,
+        k,
+        v,
+        w,
+        beta,
+        g,
+        scale=scale,
+        gate_scale="fla",
+        cu_seqlens=cu_seqlens,
+        return_cache=use_cache,
     )
     if cache is None:
         return out, None
@@ -201,17 +234,26 @@ def parallel_path_attn(
     return out, cache.folded_keys.transpose(1, 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Running it
 
 
 class _Tokens:
-    """Inputs in compute dtype: q scaled, g as it enters the logits, w and beta with their reflection axis."""
+    """Inputs in compute dtype.
+
+    Q scaled, g as it enters the logits, w and beta with their reflection axis.
+    """
 
     __slots__ = ("beta", "g", "k", "q", "v", "w")
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, beta: Tensor | None, g: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w: Tensor | None,
+        beta: Tensor | None,
+        g: Tensor | None,
     ) -> None:
         self.q, self.k, self.v, self.w, self.beta, self.g = q, k, v, w, beta, g
 
@@ -220,13 +262,24 @@ class _Tokens:
         return _Tokens(*(None if x is None else change(x) for x in fields))
 
     def zeroed(self, mask: Tensor) -> "_Tokens":
-        """Zero masked tokens: H = I, gate 1, and no NaN that could pass through a product with 0."""
+        """Zero masked tokens.
+
+        H = I, gate 1, and no NaN that could pass through a product with 0.
+        """
         return self.each(lambda x: x.masked_fill(~mask.view(*mask.shape, *(1,) * (x.dim() - 2)), 0))
 
 
 class _Runner:
-    def __init__(self, backend: str, block: int, window: int, softcap: float, dtype: torch.dtype) -> None:
-        self.backend, self.block, self.window, self.softcap, self.dtype = backend, block, window, softcap, dtype
+    def __init__(
+        self, backend: str, block: int, window: int, softcap: float, dtype: torch.dtype
+    ) -> None:
+        self.backend, self.block, self.window, self.softcap, self.dtype = (
+            backend,
+            block,
+            window,
+            softcap,
+            dtype,
+        )
 
     def dense(self, x: _Tokens) -> Tensor:
         """Equal-length sequences, every token real: `[B, T, HQ, V]`."""
@@ -235,7 +288,15 @@ class _Runner:
             if w is None or beta is None:
                 w, beta = torch.zeros_like(x.k), torch.zeros_like(x.k[..., 0])
             return global_path_attention(
-                x.q, x.k, x.v, w, beta, x.g, scale=1.0, window=self.window or None, softcap=self.softcap or None
+                x.q,
+                x.k,
+                x.v,
+                w,
+                beta,
+                x.g,
+                scale=1.0,
+                window=self.window or None,
+                softcap=self.softcap or None,
             )
         out, _, _ = self._levels(x)
         return _from_rows(out, x.q)
@@ -254,11 +315,16 @@ class _Runner:
             )
         else:
             prepared = blockwise.cut(**rows, softcap=self.softcap, block=self.block)
-            out, lse = blockwise.attend(prepared, softcap=self.softcap, window=self.window, gated=x.g is not None)
+            out, lse = blockwise.attend(
+                prepared, softcap=self.softcap, window=self.window, gated=x.g is not None
+            )
         return out[:, :, :length], lse[:, :, :length], prepared.levels
 
     def masked(self, x: _Tokens, mask: Tensor) -> Tensor:
-        """Leaving out a masked token changes nothing for the others: move the real ones to the front, run, put back."""
+        """Leaving out a masked token changes nothing for the others.
+
+        Move the real ones to the front, run, put back.
+        """
         order = torch.argsort(~mask, dim=1, stable=True)
         back = torch.argsort(order, dim=1)
         moved = x.zeroed(mask).each(lambda t: _take(t, order))
@@ -267,12 +333,14 @@ class _Runner:
     def packed(self, x: _Tokens, bounds: list[int]) -> Tensor:
         """Sequences packed along T: those of similar length run as one right-padded batch."""
         buckets: dict[int, list[tuple[int, int]]] = {}
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in pairwise(bounds):
             buckets.setdefault((end - start).bit_length(), []).append((start, end - start))
         device = x.q.device
         outs, places = [], []
         for spans in buckets.values():
-            starts, lengths = (torch.tensor(column, device=device) for column in zip(*spans, strict=True))
+            starts, lengths = (
+                torch.tensor(column, device=device) for column in zip(*spans, strict=True)
+            )
             offset = torch.arange(int(lengths.max()), device=device)
             mask = offset < lengths[:, None]
             place = (starts[:, None] + offset).where(mask, 0)
@@ -281,7 +349,9 @@ class _Runner:
             places.append(place[mask])
         return torch.cat(outs)[torch.argsort(torch.cat(places))].unsqueeze(0)
 
-    def cached(self, x: _Tokens, mask: Tensor | None, cache: PaTHKVCache, dtype: torch.dtype) -> Tensor:
+    def cached(
+        self, x: _Tokens, mask: Tensor | None, cache: PaTHKVCache, dtype: torch.dtype
+    ) -> Tensor:
         """Append to the cache and attend; gradients flow among the new tokens only."""
         if mask is not None:
             x = x.zeroed(mask)
@@ -295,7 +365,9 @@ class _Runner:
             cache.extend(x.k.to(dtype), x.v.to(dtype), x.w, x.beta, x.g, mask)
         return out
 
-    def _step(self, x: _Tokens, mask: Tensor | None, cache: PaTHKVCache, dtype: torch.dtype) -> Tensor:
+    def _step(
+        self, x: _Tokens, mask: Tensor | None, cache: PaTHKVCache, dtype: torch.dtype
+    ) -> Tensor:
         """A few tokens after a filled cache, which is read once and not written."""
         count = x.q.shape[1]
         cache.reserve(count)
@@ -318,7 +390,9 @@ class _Runner:
             width = recent[-1].shape[-1]
             padded = [torch.nn.functional.pad(r, (0, width - r.shape[-1])) for r in recent]
             logits = torch.cat([logits, torch.cat(padded, 2)], -1)
-        logits = logits.unflatten(2, (count, -1)).transpose(2, 3).flatten(1, 2)  # [B, HQ, count, length]
+        logits = (
+            logits.unflatten(2, (count, -1)).transpose(2, 3).flatten(1, 2)
+        )  # [B, HQ, count, length]
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         if cache.bias is not None:
@@ -333,7 +407,10 @@ class _Runner:
         return out if mask is None else out.masked_fill(~mask[..., None, None], 0)
 
     def _visible(self, cache: PaTHKVCache, count: int) -> Tensor | None:
-        """Columns that the last `count` tokens may see, `[B or 1, count, length]`; None if all see all."""
+        """Columns that the last `count` tokens may see, `[B or 1, count, length]`.
+
+        None if all see all.
+        """
         if count == 1 and cache.valid is None and not 0 < self.window < cache.length:
             return None
         column = torch.arange(cache.length, device=cache.values.device)
@@ -344,7 +421,10 @@ class _Runner:
         return visible if cache.valid is None else visible & cache.valid[:, None, :]
 
     def _continue(self, x: _Tokens, mask: Tensor | None, cache: PaTHKVCache) -> Tensor:
-        """Many tokens after a filled cache: the cache is folded and is one more part of their softmax."""
+        """Many tokens after a filled cache.
+
+        The cache is folded and is one more part of their softmax.
+        """
         cache.flush()
         order = None
         if mask is not None:
@@ -353,9 +433,13 @@ class _Runner:
         length, dim = x.q.shape[1], x.q.shape[3]
         out, lse, levels = self._levels(x)
         blocks = levels[-1].k.shape[1]
-        start = blockwise.compose(levels[-1], blocks).q[:, :, 0, :length, :dim]  # at the start of the new tokens
+        start = blockwise.compose(levels[-1], blocks).q[
+            :, :, 0, :length, :dim
+        ]  # at the start of the new tokens
         heads = (x.q.shape[0], -1)
-        start, new_out = (y.unflatten(0, heads).flatten(1, 2) for y in (start, out))  # [B, HQ, T, ...]
+        start, new_out = (
+            y.unflatten(0, heads).flatten(1, 2) for y in (start, out)
+        )  # [B, HQ, T, ...]
         new_lse = lse.unflatten(0, heads).flatten(1, 2)
         past_out, past_lse = self._past(start, x.g, cache)
         out, _ = blockwise.merge_parts([new_out, past_out], [new_lse, past_lse])
@@ -365,7 +449,10 @@ class _Runner:
         return _take(out, torch.argsort(order, dim=1)).masked_fill(~mask[..., None, None], 0)
 
     def _past(self, q: Tensor, g: Tensor | None, cache: PaTHKVCache) -> tuple[Tensor, Tensor]:
-        """Part of the softmax over a folded cache, for queries `[B, HQ, T, K]` at its end: `[B, HQ, T, V]`, lse."""
+        """Part of the softmax over a folded cache, for queries `[B, HQ, T, K]` at its end.
+
+        `[B, HQ, T, V]`, lse.
+        """
         batch, heads, count, _ = q.shape
         first = 0
         if self.window and cache.valid is None:
@@ -378,7 +465,9 @@ class _Runner:
             if cache.valid is not None:
                 rank = cache.valid.cumsum(1) - 1
                 after = cache.lengths[:, None] + torch.arange(count, device=q.device)
-            visible = torch.ones(rank.shape[0], count, rank.shape[1], dtype=torch.bool, device=q.device)
+            visible = torch.ones(
+                rank.shape[0], count, rank.shape[1], dtype=torch.bool, device=q.device
+            )
             if self.window:
                 visible &= after[:, :, None] - rank[:, None, :] < self.window
             if cache.valid is not None:
@@ -402,7 +491,10 @@ class _Runner:
 
 
 def _to_rows(x: _Tokens, *, share_heads: bool) -> dict[str, Tensor | None]:
-    """Arguments of `blockwise.cut`: one row per key head, or per query head where the gates differ."""
+    """Arguments of `blockwise.cut`.
+
+    One row per key head, or per query head where the gates differ.
+    """
     group = x.q.shape[2] // x.k.shape[2]
 
     def rows(t: Tensor | None) -> Tensor | None:
@@ -411,7 +503,9 @@ def _to_rows(x: _Tokens, *, share_heads: bool) -> dict[str, Tensor | None]:
         t = t if share_heads else t.repeat_interleave(group, 2)
         return t.transpose(1, 2).flatten(0, 1)
 
-    q = x.q.transpose(1, 2).unflatten(1, (-1, group if share_heads else 1)).flatten(0, 1)  # [N, G, T, K]
+    q = (
+        x.q.transpose(1, 2).unflatten(1, (-1, group if share_heads else 1)).flatten(0, 1)
+    )  # [N, G, T, K]
     g = None if x.g is None else x.g.transpose(1, 2)  # [B, HQ, T]
     if g is not None:
         g = g.unflatten(1, (-1, group)).flatten(0, 1) if share_heads else g.flatten(0, 1)
@@ -430,219 +524,3 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 def _clip(beta: Tensor, max_beta: float | None) -> Tensor:
     return beta if max_beta is None else beta.clamp(max=max_beta)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Checks
-
-
-def _choose_backend(backend: str, q: Tensor, v: Tensor) -> str:
-    obstacle = None
-    if q.device.type != "cuda":
-        obstacle = f"it needs CUDA tensors and q is on {q.device}"
-    elif q.dtype == torch.float64:
-        obstacle = "it has no float64"
-    elif max(q.shape[-1], v.shape[-1]) > TRITON_MAX_HEAD_DIM:
-        obstacle = f"head dimensions {q.shape[-1]} and {v.shape[-1]} exceed its {TRITON_MAX_HEAD_DIM}"
-    if backend == "triton":
-        require("triton", extra="triton", package="path-attn")
-        if obstacle is not None and not _interpreting():
-            raise UserError(f"backend 'triton' does not fit: {obstacle}. Use backend='torch' or 'auto'")
-        return backend
-    if backend != "auto":
-        return backend
-    if q.device.type != "cuda":
-        return "torch"
-    if obstacle is None and not is_available("triton"):
-        obstacle = "triton is not installed; pip install 'path-attn[triton]'"
-    if obstacle is not None:
-        warnings.warn(f"the triton back-end is not used: {obstacle}", PaTHWarning, stacklevel=3)
-        return "torch"
-    return "triton"
-
-
-def _interpreting() -> bool:
-    """Whether Triton's interpreter is on, which runs kernels on CPU tensors (for tests)."""
-    import os
-
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _check_shapes(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, beta: Tensor | None, g: Tensor | None
-) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise UserError(f"{name} must have 4 dimensions, [B, T, heads, dim], got shape {tuple(x.shape)}")
-        if x.dtype not in DTYPES:
-            raise UserError(f"{name} has dtype {x.dtype}; accepted are float32, float64, bfloat16 and float16")
-        if x.dtype != q.dtype:
-            raise UserError(f"{name} has dtype {x.dtype} but q has {q.dtype}; q, k and v must agree")
-    batch, length, q_heads, dim = q.shape
-    heads = k.shape[2]
-    if length == 0 or batch == 0:
-        raise UserError(f"q is empty (shape {tuple(q.shape)}): at least one token and one row are needed")
-    if 0 in (q_heads, heads, dim, v.shape[3]):
-        raise UserError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: heads and dims must be at least 1")
-    if q_heads % heads:
-        hint = " Did you pass [B, H, T, K]? This library uses [B, T, H, K]." if q.shape[1] == k.shape[1] else ""
-        raise UserError(f"q has {q_heads} heads but k has {heads}; q heads must be a multiple of k heads.{hint}")
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...], str]] = {
-        "k": (k, (batch, length, heads, dim), "[B, T, H, K]"),
-        "v": (v, (batch, length, heads, v.shape[3]), "[B, T, H, V]"),
-        "g": (g, (batch, length, q_heads), "[B, T, HQ], one gate per query head"),
-    }
-    if (w is None) != (beta is None):
-        raise UserError("w and beta belong together: give both, or neither for plain attention")
-    if w is not None:
-        reflections = w.shape[3] if w.dim() == 5 else 1
-        expected["w"] = (w, (batch, length, heads, reflections, dim), "[B, T, H, K] or [B, T, H, R, K]")
-        expected["beta"] = (beta, (batch, length, heads, reflections), "[B, T, H] or [B, T, H, R], like w")
-    for name, (x, shape, form) in expected.items():
-        if x is None:
-            continue
-        if tuple(x.shape) != shape:
-            raise UserError(f"{name} has shape {_seen(name, x)} but {_seen(name, shape)} is needed: {form}")
-        if x.device != q.device:
-            raise UserError(f"{name} is on {x.device} but q is on {q.device}")
-        if x.dtype not in DTYPES:
-            raise UserError(f"{name} has dtype {x.dtype}; accepted are float32, float64, bfloat16 and float16")
-
-
-def _seen(name: str, x: Tensor | tuple[int, ...]) -> tuple[int, ...]:
-    """A shape as the user gave it: the reflection axis added for R = 1 is left out."""
-    shape = tuple(x.shape) if isinstance(x, Tensor) else x
-    if name == "w" and len(shape) == 5 and shape[3] == 1:
-        return shape[:3] + shape[4:]
-    return shape[:-1] if name == "beta" and len(shape) == 4 and shape[3] == 1 else shape
-
-
-def _check_options(
-    q: Tensor,
-    scale: float | None,
-    gate_scale: str,
-    window: int | None,
-    softcap: float | None,
-    backend: str,
-    block_size: int,
-    max_beta: float | None,
-) -> None:
-    if gate_scale not in ("paper", "fla"):
-        raise UserError(f"gate_scale is {gate_scale!r}; accepted are 'paper' and 'fla'.{suggest(gate_scale, ['paper', 'fla'])}")
-    if backend not in BACKENDS:
-        raise UserError(f"backend is {backend!r}; accepted are {', '.join(BACKENDS)}.{suggest(backend, BACKENDS)}")
-    if scale is not None and not 0 < scale < float("inf"):
-        raise UserError(f"scale must be a positive number, got {scale}")
-    if window is not None and window < 1:
-        raise UserError(f"window must be at least 1 (a token sees itself), got {window}")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise UserError(f"softcap must be a positive number, got {softcap}; use None for no cap")
-    if not 1 <= block_size <= 256:
-        raise UserError(f"block_size must be between 1 and 256, got {block_size}")
-    if max_beta is not None and not 0 <= max_beta <= 2:
-        raise UserError(f"max_beta must lie in [0, 2], got {max_beta}")
-
-
-def _check_values(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor | None,
-    beta: Tensor | None,
-    g: Tensor | None,
-    strict: bool,
-    max_beta: float | None,
-) -> None:
-    if beta is not None:
-        low, high = (float(x) for x in torch.aminmax(beta.detach()))
-        if low < 0 or high > 2:
-            raise UserError(f"beta must lie in [0, 2], got values from {low:.6g} to {high:.6g}; use 2 * sigmoid(...)")
-        reaches_two = high == 2 and (max_beta is None or max_beta == 2)
-        if reaches_two and beta.dtype in (torch.bfloat16, torch.float16):
-            warnings.warn(
-                f"beta reaches 2 in {beta.dtype}: rounding can make the path expand. Keep beta in float32 or set "
-                f"max_beta=2 - 2**-7",
-                PaTHWarning,
-                stacklevel=3,
-            )
-    if g is not None and (high := float(g.detach().max())) > 0:
-        raise UserError(f"g must be a log gate <= 0, got values up to {high:.6g}; use logsigmoid(...)")
-    if not strict:
-        return
-    for name, x in (("q", q), ("k", k), ("v", v), ("w", w), ("beta", beta), ("g", g)):
-        if x is not None and bool(x.isnan().any()):
-            raise UserError(f"{name} contains NaN, first at index {tuple(x.isnan().nonzero()[0].tolist())}")
-    if w is not None:
-        norm = w.detach().double().norm(dim=-1)
-        tolerance = UNIT_NORM_TOLERANCE[w.dtype]
-        wrong = ((norm - 1).abs() > tolerance) & (norm > tolerance)
-        if bool(wrong.any()):
-            seen = float(norm[wrong][0])
-            raise UserError(f"w must have norm 1 (or 0) along its last axis, got {seen:.6g}; L2-normalise it")
-
-
-def _check_cu_seqlens(
-    cu_seqlens: Tensor, q: Tensor, mask: Tensor | None, cache: PaTHKVCache | None, return_cache: bool
-) -> None:
-    if mask is not None or cache is not None or return_cache:
-        raise UserError("cu_seqlens cannot be combined with attention_mask or a cache; pad the batch instead")
-    if q.shape[0] != 1:
-        raise UserError(f"cu_seqlens needs all sequences packed in one row (B = 1), got B = {q.shape[0]}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-        raise UserError(
-            f"cu_seqlens must be [N + 1] of int32 or int64, got {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
-        )
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != q.shape[1]:
-        raise UserError(f"cu_seqlens must run from 0 to T = {q.shape[1]}, got {bounds[0]} to {bounds[-1]}")
-    if any(b <= a for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
-        raise UserError(f"cu_seqlens must rise strictly (no empty sequences), got {bounds[:8]}...")
-
-
-def _check_mask(mask: Tensor, q: Tensor) -> Tensor:
-    if mask.dim() != 2 or mask.shape != q.shape[:2]:
-        raise UserError(
-            f"attention_mask must be [B, T] = {tuple(q.shape[:2])} with 1 for real tokens, got {tuple(mask.shape)}; "
-            f"causality is built in, 3-D and 4-D masks are not accepted"
-        )
-    if mask.is_floating_point() or mask.is_complex():
-        raise UserError(f"attention_mask must be bool or integer (1 = real), got {mask.dtype}")
-    if mask.device != q.device:
-        raise UserError(f"attention_mask is on {mask.device} but q is on {q.device}")
-    if mask.dtype != torch.bool and not torch.compiler.is_compiling() and bool(((mask != 0) & (mask != 1)).any()):
-        raise UserError("attention_mask must hold 0 and 1 only")
-    return mask.bool()
-
-
-def _check_cache(
-    cache: PaTHKVCache,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor | None,
-    g: Tensor | None,
-    backend: str,
-    gate_scale: str,
-) -> None:
-    if backend == "reference":
-        raise UserError("backend 'reference' has no cache; use 'torch'")
-    if cache.length == 0:
-        cache.gate_scale = gate_scale if g is not None else None
-        return
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, w, g)):
-        raise UserError("no gradient flows through a filled cache; decode under torch.no_grad()")
-    held = cache.values
-    seen = {
-        "rows": (held.shape[0], q.shape[0]),
-        "key heads": (held.shape[1], k.shape[2]),
-        "key dimension": (cache.folded_keys.shape[3], k.shape[3]),
-        "value dimension": (held.shape[3], v.shape[3]),
-        "dtype": (held.dtype, v.dtype),
-        "device": (held.device, v.device),
-        "reflections": (cache.walk is not None, w is not None),
-        "gates": (cache.bias is not None, g is not None),
-        "gate_scale": (cache.gate_scale, gate_scale if g is not None else None),
-    }
-    for name, (has, got) in seen.items():
-        if has != got:
-            raise UserError(f"the cache does not fit: its {name} is {has}, these inputs have {got}")

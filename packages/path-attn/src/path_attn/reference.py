@@ -5,10 +5,12 @@ Per head, with column vectors and H_t = I - beta_t w_t w_t^T (arXiv 2505.16381, 
     A_ij = k_j^T H_{j+1} H_{j+2} ... H_i q_i          for j <= i
     o_i  = sum_j softmax_j(scale * A_ij + G_i - G_j) v_j,   G_t = sum_{s<=t} g_s
 
-`naive_path_attention` multiplies the matrices out, one query at a time. `global_path_attention` uses the
-UT transform once over the whole sequence. Both run in the dtype of `q`; use float64 for an oracle.
+`naive_path_attention` multiplies the matrices out, one query at a time. `global_path_attention`
+uses the UT transform once over the whole sequence. Both run in the dtype of `q`; use float64 for an
+oracle.
 
-With R reflections per token, H_t = H_{t,1} H_{t,2} ... H_{t,R}: the last sub-step meets the query first.
+With R reflections per token, H_t = H_{t,1} H_{t,2} ... H_{t,R}: the last sub-step meets the query
+first.
 """
 
 import torch
@@ -34,7 +36,8 @@ def naive_path_attention(
         q: Queries, `[B, T, HQ, K]`.
         k: Keys, `[B, T, H, K]`; HQ must be a multiple of H.
         v: Values, `[B, T, H, V]`.
-        w: Unit reflection directions, `[B, T, H, K]`, or `[B, T, H, R, K]` for R reflections a token.
+        w: Unit reflection directions, `[B, T, H, K]`, or `[B, T, H, R, K]` for R reflections a
+            token.
         beta: Reflection strengths in [0, 2], `[B, T, H]` (or `[B, T, H, R]`).
         g: Log forget gates <= 0, `[B, T, HQ]`, or None.
         scale: Multiplies A. Defaults to `K ** -0.5`.
@@ -77,7 +80,8 @@ def global_path_attention(
 ) -> Tensor:
     """PaTH attention by the UT transform over the whole sequence: O(T^3) time, O(T^2) memory.
 
-    A = tril(Q K^T) - tril(Q W^T) T stril(W K^T), with T = (I + stril(D W W^T))^{-1} D, D = diag(beta).
+    A = tril(Q K^T) - tril(Q W^T) T stril(W K^T), with T = (I + stril(D W W^T))^{-1} D, D =
+    diag(beta).
 
     Arguments and result are those of `naive_path_attention`.
     """
@@ -94,7 +98,9 @@ def global_path_attention(
     system = eye + (beta_ * w_ @ w_.mT).tril(-1)
     after_key = (w_ @ k_.mT) * (step[:, None] > token)  # stril(W K^T)
     before_query = (q_ @ w_.mT) * (token[:, None] >= step)  # tril(Q W^T)
-    pulled = torch.linalg.solve_triangular(system, beta_ * after_key, upper=False, unitriangular=True)
+    pulled = torch.linalg.solve_triangular(
+        system, beta_ * after_key, upper=False, unitriangular=True
+    )
     logits = q_ @ k_.mT - before_query @ pulled
     logits = logits.masked_fill(token[:, None] < token, -torch.inf)
     return _attend(logits, v, g, scale or q.shape[-1] ** -0.5, gate_scale, window, softcap)
@@ -124,6 +130,8 @@ def _attend(
         bias = total[..., :, None] - total[..., None, :]
         logits = logits + bias * (scale if gate_scale == "fla" else 1.0)
     if window is not None:
-        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).tril(-window), -torch.inf)
+        logits = logits.masked_fill(
+            torch.ones_like(logits, dtype=torch.bool).tril(-window), -torch.inf
+        )
     values = v.transpose(1, 2).repeat_interleave(logits.shape[1] // v.shape[2], 1)
     return (logits.softmax(-1) @ values).transpose(1, 2).to(v.dtype)
