@@ -1,0 +1,186 @@
+"""The shell around every command: exit codes, one-line errors, common options, logging.
+
+Exit codes: 0 success, 1 a bug (traceback) or whatever the command returns, 2 something the user can
+mend (one line), 130 Ctrl-C, 141 the reader of a pipe went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+from tenfold_common.errors import CheckpointError, MissingDependencyError, UserError, suggest
+from tenfold_common.optional import is_available
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+
+def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Call a command's main function and turn what happens into an exit code.
+
+    `UserError`, `MissingDependencyError`, `CheckpointError`, and operating-system errors about a
+    path or a full disk become one line `error: ...` on stderr; `--debug` among the arguments adds
+    the traceback. Any other exception is a bug and prints its traceback.
+
+    Args:
+        main: Takes the arguments, returns an exit code or None for 0.
+        argv: The arguments. Defaults to `sys.argv[1:]`.
+
+    Returns:
+        The exit code, for `sys.exit`.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = main(arguments)
+        sys.stdout.flush()
+    except SystemExit as leaving:
+        if isinstance(leaving.code, str):
+            sys.stderr.write(f"{leaving.code}\n")
+            return 1
+        return leaving.code or 0
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+    except BrokenPipeError:
+        _drop_stdout()
+        return 141
+    except (UserError, MissingDependencyError, CheckpointError) as error:
+        return _report(str(error), "--debug" in arguments)
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        return _report(_describe(error), "--debug" in arguments)
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            return _report(_describe(error), "--debug" in arguments)
+        traceback.print_exc()
+        return 1
+    except Exception:  # noqa: BLE001 - the last resort of a command: show the bug, exit 1
+        traceback.print_exc()
+        return 1
+    return code or 0
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises `UserError` and names the nearest option or verb.
+
+    Every parser, those of verbs included, takes `-v`, `-q` and `--debug`. Abbreviated options are
+    not accepted: they would change meaning when an option is added.
+    """
+
+    def __init__(self, *args, **named) -> None:
+        """Make a parser; the arguments are those of `argparse.ArgumentParser`."""
+        named.setdefault("allow_abbrev", False)
+        super().__init__(*args, **named)
+        hidden = (
+            argparse.SUPPRESS
+        )  # so that a verb's parser does not reset what came before the verb
+        self.add_argument("-v", "--verbose", action="count", default=hidden, help="log more")
+        self.add_argument(
+            "-q", "--quiet", action="store_true", default=hidden, help="log warnings only"
+        )
+        self.add_argument("--debug", action="store_true", default=hidden, help="show tracebacks")
+
+    def parse_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Parse all arguments; an unknown one raises `UserError` with the nearest option."""
+        words = list(sys.argv[1:] if args is None else args)
+        parsed, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            name = unknown[0].split("=")[0]
+            near = suggest(name, self._options(words)) if name.startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}.{near}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UserError` with the message and where to find help."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def _options(self, words: list[str]) -> list[str]:
+        """Collect the option names of this parser and of the verbs among the words."""
+        found = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for verb, parser in action.choices.items():
+                    found += parser._options(words) if verb in words else []
+        return found
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        if action.choices is not None and value not in action.choices:
+            names = [str(choice) for choice in action.choices]
+            near = suggest(str(value), names)
+            raise argparse.ArgumentError(
+                action, f"invalid choice {str(value)!r}; choose from {', '.join(names)}.{near}"
+            )
+
+
+def base_parser(prog: str, description: str, version: str) -> Parser:
+    """Make the top parser of a command, with `-v`, `-q`, `--debug` and `--version`.
+
+    The parsed namespace has `verbose` (a count), `quiet` and `debug`. Verbs added with
+    `parser.add_subparsers(...).add_parser(...)` take the same three options.
+
+    Args:
+        prog: The command's name.
+        description: One sentence for `--help`.
+        version: The version for `--version`.
+
+    Returns:
+        The parser.
+    """
+    parser = Parser(prog=prog, description=description)
+    parser.add_argument("--version", action="version", version=f"{prog} {version}")
+    parser.set_defaults(verbose=0, quiet=False, debug=False)
+    return parser
+
+
+def setup_logging(verbosity: int = 0, *, package: str | None = None) -> None:
+    """Send log records to stderr: through rich if stderr is a terminal and rich is installed.
+
+    Args:
+        verbosity: -1 for warnings only (`-q`), 0 for information, 1 for details (`-v`), 2 for the
+            details of every library.
+        package: The import name whose records follow `verbosity`; other loggers then show warnings
+            only, below verbosity 2. Defaults to None, which means all loggers.
+    """
+    level = logging.WARNING if verbosity < 0 else logging.DEBUG if verbosity else logging.INFO
+    if sys.stderr.isatty() and is_available("rich"):
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    everything = package is None or verbosity >= 2
+    logging.basicConfig(
+        level=level if everything else logging.WARNING, handlers=[handler], force=True
+    )
+    for name in (package, __package__):
+        if name and package is not None:
+            logging.getLogger(name).setLevel(level)
+
+
+def _report(message: str, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return 2
+
+
+def _describe(error: OSError) -> str:
+    where = f": {error.filename!r}" if error.filename is not None else ""
+    return f"{error.strerror or error}{where}"
+
+
+def _drop_stdout() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush does not complain."""
+    with suppress(OSError, ValueError):  # a replaced stdout may have no descriptor
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        os.close(nothing)

@@ -1,0 +1,310 @@
+import errno
+import logging
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tenfold_common import (
+    CheckpointError,
+    MissingDependencyError,
+    UserError,
+    base_parser,
+    run,
+    setup_logging,
+)
+
+PROGRAM = """
+import logging, os, sys, time
+from tenfold_common import CheckpointError, MissingDependencyError, UserError
+from tenfold_common.cli import base_parser, run, setup_logging
+
+def main(argv):
+    parser = base_parser("tool", "Does things.", "1.2.3")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    train = verbs.add_parser("train", help="train")
+    train.add_argument("--learning_rate", type=float, default=0.1)
+    fail = verbs.add_parser("fail", help="fail")
+    fail.add_argument("--how", choices=["user", "missing", "checkpoint", "bug", "text", "file"])
+    verbs.add_parser("lines", help="print")
+    verbs.add_parser("sleep", help="wait")
+    args = parser.parse_args(argv)
+    setup_logging(-1 if args.quiet else args.verbose, package="tool")
+    if args.verb == "train":
+        log = logging.getLogger("tool")
+        log.debug("detail")
+        log.info("information")
+        log.warning("warning")
+        logging.getLogger("other").info("noise")
+        print("rate", args.learning_rate)
+        return 3 if args.learning_rate == 3 else None
+    if args.verb == "lines":
+        for i in range(200000):
+            print(i)
+    if args.verb == "sleep":
+        print("ready", flush=True)
+        time.sleep(60)
+    if args.verb == "fail":
+        if args.how == "user":
+            raise UserError("q has 3 heads;\\n give 4")
+        if args.how == "missing":
+            raise MissingDependencyError("tool needs x")
+        if args.how == "checkpoint":
+            raise CheckpointError("model.bin is torn")
+        if args.how == "text":
+            sys.exit("leaving")
+        if args.how == "file":
+            open("/no/such/file")
+        raise ZeroDivisionError("a bug")
+
+sys.exit(run(main))
+"""
+
+
+def tool(*words, **named) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", PROGRAM, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **named)
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("user", "error: q has 3 heads; give 4\n"),
+        ("missing", "error: tool needs x\n"),
+        ("checkpoint", "error: model.bin is torn\n"),
+        ("file", "error: No such file or directory: '/no/such/file'\n"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(how, line):
+    done = tool("-q", "fail", "--how", how)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == line
+    debug = tool("fail", "-q", "--how", how, "--debug")
+    assert debug.returncode == 2
+    assert "Traceback (most recent call last)" in debug.stderr
+    assert debug.stderr.endswith(line)
+
+
+def test_a_bug_shows_its_traceback_and_exits_with_1():
+    done = tool("fail", "--how", "bug")
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "ZeroDivisionError: a bug" in done.stderr
+
+
+def test_leaving_with_a_text_exits_with_1():
+    done = tool("-q", "fail", "--how", "text")
+    assert done.returncode == 1
+    assert done.stderr == "leaving\n"
+
+
+def test_success_and_a_code_of_the_command():
+    assert tool("train").stdout == "rate 0.1\n"
+    assert tool("train").returncode == 0
+    assert tool("train", "--learning_rate", "3").returncode == 3
+
+
+def test_help_and_version():
+    for words in (["--help"], ["train", "--help"]):
+        done = tool(*words)
+        assert done.returncode == 0
+        assert done.stdout.startswith("usage: tool")
+    done = tool("--version")
+    assert (done.returncode, done.stdout) == (0, "tool 1.2.3\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (
+            ["train", "--learning-rate", "3"],
+            ["--learning-rate 3", "Did you mean '--learning_rate'?"],
+        ),
+        (["train", "--lerning_rate=3"], ["--lerning_rate=3", "Did you mean '--learning_rate'?"]),
+        (["train", "--learning"], ["unrecognized arguments: --learning."]),
+        (["train", "extra"], ["unrecognized arguments: extra. (see tool --help)"]),
+        (["--vresion", "train"], ["Did you mean '--version'?"]),
+        (["lines", "--learning-rate"], ["unrecognized arguments: --learning-rate. (see"]),
+        (["trian"], ["invalid choice 'trian'", "Did you mean 'train'?"]),
+        (["fail", "--how", "usr"], ["Did you mean 'user'?", "(see tool fail --help)"]),
+        (["train", "--learning_rate", "fast"], ["invalid float value: 'fast'"]),
+        (["train", "--learning_rate"], ["expected one argument"]),
+        ([], ["required: verb"]),
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_are_one_line_with_the_nearest_name(words, parts):
+    done = tool(*words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert all(part in done.stderr for part in parts), done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_complaint():
+    command = f'{sys.executable} -c "$PROGRAM" -q lines | head -1'
+    environment = {**os.environ, "PROGRAM": PROGRAM}
+    done = subprocess.run(
+        ["bash", "-c", f'{command}; echo "${{PIPESTATUS[0]}}"'],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+    )
+    assert done.stdout == "0\n141\n"
+    assert done.stderr == ""
+
+
+def test_ctrl_c_exits_with_130():
+    command = [sys.executable, "-c", PROGRAM, "-q", "sleep"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "interrupted\n"
+
+
+# run in this process --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (UserError("x"), 2),
+        (MissingDependencyError("x"), 2),
+        (CheckpointError("x"), 2),
+        (PermissionError(errno.EACCES, "Permission denied", "f"), 2),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "f"), 2),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "f"), 2),
+        (OSError(errno.ENOSPC, "No space left on device"), 2),
+        (OSError(errno.EIO, "Input/output error"), 1),
+        (FileNotFoundError("no details"), 2),
+        (ConnectionResetError("x"), 1),
+        (ValueError("x"), 1),
+        (SystemExit(), 0),
+        (SystemExit(4), 4),
+        (SystemExit("bye"), 1),
+        (KeyboardInterrupt(), 130),
+        (BrokenPipeError(), 141),
+    ],
+    ids=repr,
+)
+def test_every_exception_has_its_code(raised, code, capsys):
+    def main(argv):
+        raise raised
+
+    assert run(main, []) == code
+    errors = capsys.readouterr().err
+    assert ("Traceback" in errors) == (code == 1 and not isinstance(raised, SystemExit))
+    assert errors.startswith("error: ") == (code == 2)
+
+
+def test_arguments_come_from_the_command_line_by_default(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["tool", "a", "b"])
+    assert run(lambda argv: seen.extend(argv)) == 0
+    assert seen == ["a", "b"]
+    parser = base_parser("tool", "x", "1")
+    parser.add_argument("words", nargs="*")
+    assert parser.parse_args().words == ["a", "b"]
+
+
+def test_common_options_work_before_and_after_the_verb():
+    parser = base_parser("tool", "x", "1")
+    parser.add_subparsers(dest="verb").add_parser("go")
+    args = parser.parse_args(["go"])
+    assert (args.verbose, args.quiet, args.debug) == (0, False, False)
+    for words in (["-vv", "-q", "--debug", "go"], ["go", "-vv", "-q", "--debug"]):
+        args = parser.parse_args(words)
+        assert (args.verbose, args.quiet, args.debug) == (2, True, True)
+
+
+# logging --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _restored_logging():
+    root = logging.getLogger()
+    names = ("tool", "tenfold_common")
+    before = root.level, root.handlers[:], [logging.getLogger(name).level for name in names]
+    yield
+    root.setLevel(before[0])
+    root.handlers[:] = before[1]
+    for name, level in zip(names, before[2], strict=True):
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.mark.usefixtures("_restored_logging")
+@pytest.mark.parametrize(
+    ("verbosity", "ours", "others"),
+    [(-1, 30, 30), (0, 20, 30), (1, 10, 30), (2, 10, 10)],
+)
+def test_levels(verbosity, ours, others):
+    setup_logging(verbosity, package="tool")
+    assert logging.getLogger("tool.part").getEffectiveLevel() == ours
+    assert logging.getLogger("tenfold_common").getEffectiveLevel() == ours
+    assert logging.getLogger("other").getEffectiveLevel() == others
+    assert len(logging.getLogger().handlers) == 1
+
+
+@pytest.mark.usefixtures("_restored_logging")
+def test_without_a_package_all_loggers_follow():
+    setup_logging(1)
+    assert logging.getLogger("other").getEffectiveLevel() == logging.DEBUG
+    setup_logging()
+    assert logging.getLogger("other").getEffectiveLevel() == logging.INFO
+
+
+def test_plain_lines_on_a_pipe():
+    lines = [line.split(" ", 1)[1] for line in tool("train", "-v").stderr.splitlines()]
+    assert lines == ["DEBUG detail", "INFO information", "WARNING warning"]
+    lines = [line.split(" ", 1)[1] for line in tool("train").stderr.splitlines()]
+    assert lines == ["INFO information", "WARNING warning"]
+
+
+def on_a_terminal(code: str) -> str:
+    """Run a program with stderr on a pseudo-terminal and return what it wrote there."""
+    master, slave = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stderr=slave, env={**os.environ, "COLUMNS": "100"}
+    ) as process:
+        os.close(slave)
+        data = b""
+        while select.select([master], [], [], 30)[0]:
+            try:
+                piece = os.read(master, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not piece:
+                break
+            data += piece
+    os.close(master)
+    assert process.returncode == 0
+    return data.decode()
+
+
+SPEAK = "import logging; from tenfold_common import setup_logging; setup_logging(); {}; " + (
+    "logging.info('hello [bold]x')"
+)
+
+
+def test_rich_writes_on_a_terminal_if_it_is_there():
+    handler = "assert type(logging.getLogger().handlers[0]).__name__ == 'RichHandler'"
+    written = on_a_terminal(SPEAK.format(handler))
+    assert "hello" in written
+    assert "x" in written
+    assert "INFO" in written
+
+
+def test_plain_lines_on_a_terminal_without_rich():
+    written = on_a_terminal("import sys; sys.modules['rich'] = None; " + SPEAK.format("pass"))
+    assert written.strip().endswith("INFO hello [bold]x")
