@@ -33,11 +33,12 @@ class PaTHKVCache:
         keep_open: Tokens that always stay open, so that at least so many can be taken back by
             `crop`.
         history: Also keep the unfolded keys, directions, strengths and gates, so that `crop`
-            reaches any length. Doubles the memory (keys and directions once more).
+            reaches any length. That is the memory of the keys once more, and of the directions in
+            compute dtype.
 
     Attributes:
         length: Columns held.
-        gate_scale: The gate convention of the first call, checked at later ones.
+        form: What the first call's inputs were like, by name; later ones must agree.
         extra: Free for the layer's own per-row state (its convolution window); `[B, ...]` tensors
             by name, reordered with the rows.
     """
@@ -48,7 +49,7 @@ class PaTHKVCache:
         self.keep_open = keep_open
         self.history = history
         self.extra: dict[str, Tensor] = {}
-        self.gate_scale: str | None = None
+        self.form: dict[str, object] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -183,8 +184,9 @@ class PaTHKVCache:
         self._remember(k, w, beta)
         walk = self._walk[:, :, :row]
         for r in range(w.shape[3]):
-            w_r = w[:, 0, :, r, :, None].to(walk.dtype)  # [B, H, K, 1]
-            walk.addcmul_(walk @ w_r, (w_r * beta[:, 0, :, r, None, None]).mT, value=-1)
+            w_r = w[:, 0, :, r, None]  # [B, H, 1, K]
+            along = w_r @ walk.mT  # a row times a transpose: twice as fast as `walk @ column`
+            walk.addcmul_(along.mT, w_r * beta[:, 0, :, r, None, None], value=-1)
         self._walk[:, :, row] = k[:, 0]
 
     def reserve(self, count: int) -> None:
@@ -194,6 +196,22 @@ class PaTHKVCache:
         room = self._walk.shape[2] - self._walk.shape[3]
         if self.length - self._folded + count > room:
             self._fold(min(FOLD, self.length - self._folded))
+
+    def present(self) -> tuple[Tensor, Tensor | None]:
+        """All keys as the next token meets them, and what the gates add to their logits.
+
+        Nothing is folded: this is a copy.
+
+        Returns:
+            keys: `[B, H, length, K]`, at least float32. bias: `[B, HQ, length]`, or None ungated.
+        """
+        keys = self.folded_keys
+        if self.walk is not None:
+            product, recent = self.walk.split([self.walk.shape[-1], self.length - self._folded], 2)
+            keys = torch.cat([keys.to(product.dtype) @ product, recent], 2)
+        if self.bias is None or self._bias_now is None:
+            return keys, None
+        return keys, self.bias + self._bias_now[..., None]
 
     def flush(self) -> None:
         """Fold every open token, so that all keys stand at the end of the sequence."""
@@ -236,9 +254,10 @@ class PaTHKVCache:
             self._valid[:, start : self.length] = True if valid is None else valid
 
     def _remember(self, k: Tensor, w: Tensor, beta: Tensor) -> None:
-        new = {"k": k.to(beta.dtype), "w": w.to(beta.dtype), "beta": beta}
+        new = {"k": k.to(beta.dtype), "w": w, "beta": beta}
         self._open = {name: _join(self._open.get(name), x) for name, x in new.items()}
         if self.history:
+            new["k"] = k
             self._past |= {name: _join(self._past.get(name), x) for name, x in new.items()}
 
     def _store_keys(self, k: Tensor) -> None:
@@ -317,9 +336,8 @@ class PaTHKVCache:
         past = {name: x[:, :length] for name, x in self._past.items()}
         v, valid = self.values[:, :, :length].transpose(1, 2), self.valid
         self._clear()
-        k = past["k"].to(v.dtype)
         self.extend(
-            k,
+            past["k"],
             v,
             past["w"],
             past["beta"],
@@ -369,7 +387,7 @@ def _to_end(k: Tensor, w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _join(old: Tensor | None, new: Tensor) -> Tensor:
-    return new if old is None else torch.cat([old, new], 1)
+    return new.clone() if old is None else torch.cat([old, new], 1)
 
 
 def _grow(x: Tensor, axis: int, capacity: int) -> Tensor:

@@ -109,38 +109,24 @@ def check_shapes(
     if (w is None) != (beta is None):
         raise UserError("w and beta belong together: give both, or neither for plain attention")
     if w is not None:
-        reflections = w.shape[3] if w.dim() == 5 else 1
-        expected["w"] = (
-            w,
-            (batch, length, heads, reflections, dim),
-            "[B, T, H, K] or [B, T, H, R, K]",
-        )
-        expected["beta"] = (
-            beta,
-            (batch, length, heads, reflections),
-            "[B, T, H] or [B, T, H, R], like w",
-        )
+        many = w.shape[3:4] if w.dim() == 5 else ()
+        if 0 in many:
+            raise UserError(f"w has shape {tuple(w.shape)}: at least one reflection is needed")
+        form = "[B, T, H, K] or [B, T, H, R, K]"
+        expected["w"] = (w, (batch, length, heads, *many, dim), form)
+        form = "[B, T, H] or [B, T, H, R], like w"
+        expected["beta"] = (beta, (batch, length, heads, *many), form)
     for name, (x, shape, form) in expected.items():
         if x is None:
             continue
         if tuple(x.shape) != shape:
-            raise UserError(
-                f"{name} has shape {_seen(name, x)} but {_seen(name, shape)} is needed: {form}"
-            )
+            raise UserError(f"{name} has shape {tuple(x.shape)} but {shape} is needed: {form}")
         if x.device != q.device:
             raise UserError(f"{name} is on {x.device} but q is on {q.device}")
         if x.dtype not in DTYPES:
             raise UserError(
                 f"{name} has dtype {x.dtype}; accepted are float32, float64, bfloat16 and float16"
             )
-
-
-def _seen(name: str, x: Tensor | tuple[int, ...]) -> tuple[int, ...]:
-    """A shape as the user gave it: the reflection axis added for R = 1 is left out."""
-    shape = tuple(x.shape) if isinstance(x, Tensor) else x
-    if name == "w" and len(shape) == 5 and shape[3] == 1:
-        return shape[:3] + shape[4:]
-    return shape[:-1] if name == "beta" and len(shape) == 4 and shape[3] == 1 else shape
 
 
 def check_options(
@@ -166,12 +152,14 @@ def check_options(
         )
     if scale is not None and not 0 < scale < float("inf"):
         raise UserError(f"scale must be a positive number, got {scale}")
-    if window is not None and window < 1:
-        raise UserError(f"window must be at least 1 (a token sees itself), got {window}")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise UserError(
+            f"window must be a whole number of tokens, at least 1 (the token itself), got {window}"
+        )
     if softcap is not None and not 0 < softcap < float("inf"):
         raise UserError(f"softcap must be a positive number, got {softcap}; use None for no cap")
-    if not 1 <= block_size <= 256:
-        raise UserError(f"block_size must be between 1 and 256, got {block_size}")
+    if not isinstance(block_size, int) or not 1 <= block_size <= 256:
+        raise UserError(f"block_size must be a whole number between 1 and 256, got {block_size}")
     if max_beta is not None and not 0 <= max_beta <= 2:
         raise UserError(f"max_beta must lie in [0, 2], got {max_beta}")
 
@@ -183,13 +171,28 @@ def check_values(
     w: Tensor | None,
     beta: Tensor | None,
     g: Tensor | None,
+    mask: Tensor | None,
     strict: bool,
     max_beta: float | None,
 ) -> None:
-    """Check ranges of beta and g; with `strict` also NaN and the norm of w."""
+    """Check ranges of beta and g; with `strict` also NaN and the norm of w.
+
+    Masked tokens may hold anything.
+    """
+    if mask is not None:
+        q, k, v, w, beta, g = (
+            None if x is None else x.masked_fill(~mask.view(*mask.shape, *(1,) * (x.dim() - 2)), 0)
+            for x in (q, k, v, w, beta, g)
+        )
+    named = (("q", q), ("k", k), ("v", v), ("w", w), ("beta", beta), ("g", g))
+    for name, x in named if strict else ():
+        if x is not None and bool(x.isnan().any()):
+            raise UserError(
+                f"{name} contains NaN, first at index {tuple(x.isnan().nonzero()[0].tolist())}"
+            )
     if beta is not None:
         low, high = (float(x) for x in torch.aminmax(beta.detach()))
-        if low < 0 or high > 2:
+        if not (low >= 0 and high <= 2):
             raise UserError(
                 f"beta must lie in [0, 2], got values from {low:.6g} to {high:.6g}; "
                 f"use 2 * sigmoid(...)"
@@ -202,18 +205,14 @@ def check_values(
                 PaTHWarning,
                 stacklevel=3,
             )
-    if g is not None and (high := float(g.detach().max())) > 0:
-        raise UserError(
-            f"g must be a log gate <= 0, got values up to {high:.6g}; use logsigmoid(...)"
-        )
-    if not strict:
-        return
-    for name, x in (("q", q), ("k", k), ("v", v), ("w", w), ("beta", beta), ("g", g)):
-        if x is not None and bool(x.isnan().any()):
+    if g is not None:
+        low, high = (float(x) for x in torch.aminmax(g.detach()))
+        if not (low > -torch.inf and high <= 0):
             raise UserError(
-                f"{name} contains NaN, first at index {tuple(x.isnan().nonzero()[0].tolist())}"
+                f"g must be finite log gates <= 0, got values from {low:.6g} to {high:.6g}; "
+                f"use logsigmoid(...)"
             )
-    if w is not None:
+    if strict and w is not None:
         norm = w.detach().double().norm(dim=-1)
         tolerance = UNIT_NORM_TOLERANCE[w.dtype]
         wrong = ((norm - 1).abs() > tolerance) & (norm > tolerance)
@@ -284,6 +283,7 @@ def check_cache(
     k: Tensor,
     v: Tensor,
     w: Tensor | None,
+    beta: Tensor | None,
     g: Tensor | None,
     backend: str,
     gate_scale: str,
@@ -291,23 +291,29 @@ def check_cache(
     """Check that inputs continue what the cache holds; an empty cache takes their form."""
     if backend == "reference":
         raise UserError("backend 'reference' has no cache; use 'torch'")
-    if cache.length == 0:
-        cache.gate_scale = gate_scale if g is not None else None
-        return
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, w, g)):
-        raise UserError("no gradient flows through a filled cache; decode under torch.no_grad()")
-    held = cache.values
-    seen = {
-        "rows": (held.shape[0], q.shape[0]),
-        "key heads": (held.shape[1], k.shape[2]),
-        "key dimension": (cache.folded_keys.shape[3], k.shape[3]),
-        "value dimension": (held.shape[3], v.shape[3]),
-        "dtype": (held.dtype, v.dtype),
-        "device": (held.device, v.device),
-        "reflections": (cache.walk is not None, w is not None),
-        "gates": (cache.bias is not None, g is not None),
-        "gate_scale": (cache.gate_scale, gate_scale if g is not None else None),
+    form = {
+        "rows": q.shape[0],
+        "key heads": k.shape[2],
+        "query heads": q.shape[2],
+        "key dimension": k.shape[3],
+        "value dimension": v.shape[3],
+        "dtype": v.dtype,
+        "device": v.device,
+        "reflections": 0 if w is None else w.shape[3],
+        "gates": g is not None,
+        "gate_scale": gate_scale if g is not None else None,
     }
-    for name, (has, got) in seen.items():
-        if has != got:
-            raise UserError(f"the cache does not fit: its {name} is {has}, these inputs have {got}")
+    if cache.length == 0:
+        cache.form = form
+        return
+    if torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, w, beta, g)
+    ):
+        raise UserError("no gradient flows through a filled cache; decode under torch.no_grad()")
+    cache.form["rows"] = cache.batch  # rows come and go with reorder and repeat
+    if form != cache.form:
+        name = next(name for name in form if form[name] != cache.form[name])
+        raise UserError(
+            f"the cache does not fit: its {name} is {cache.form[name]}, these inputs have "
+            f"{form[name]}"
+        )

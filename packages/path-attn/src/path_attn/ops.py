@@ -102,17 +102,16 @@ def path_attention(
         >>> o.shape
         torch.Size([1, 5, 2, 4])
     """
-    if w is not None and w.dim() == 4:
-        w = w.unsqueeze(3)
-        beta = beta if beta is None else beta.unsqueeze(-1)
     check_shapes(q, k, v, w, beta, g)
     check_options(q, scale, gate_scale, window, softcap, backend, block_size, max_beta)
-    if not torch.compiler.is_compiling() and (strict or q.device.type == "cpu"):
-        check_values(q, k, v, w, beta, g, strict, max_beta)
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, q, attention_mask, cache, return_cache)
     if attention_mask is not None:
         attention_mask = check_mask(attention_mask, q)
+    if not torch.compiler.is_compiling() and (strict or q.device.type == "cpu"):
+        check_values(q, k, v, w, beta, g, attention_mask, strict, max_beta)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, q, attention_mask, cache, return_cache)
+    if w is not None and beta is not None and w.dim() == 4:
+        w, beta = w.unsqueeze(3), beta.unsqueeze(3)  # one reflection a token
     if cache is None and return_cache:
         cache = PaTHKVCache()
     backend = choose_backend(backend, q, v)
@@ -130,7 +129,7 @@ def path_attention(
         )
         run = _Runner(backend, block_size, window or 0, softcap or 0.0, q.dtype)
         if cache is not None:
-            check_cache(cache, q, k, v, w, g, backend, gate_scale)
+            check_cache(cache, q, k, v, w, beta, g, backend, gate_scale)
             out = run.cached(tokens, attention_mask, cache, k.dtype)
         elif cu_seqlens is not None:
             out = run.packed(tokens, cu_seqlens.tolist())
@@ -421,11 +420,7 @@ class _Runner:
         return visible if cache.valid is None else visible & cache.valid[:, None, :]
 
     def _continue(self, x: _Tokens, mask: Tensor | None, cache: PaTHKVCache) -> Tensor:
-        """Many tokens after a filled cache.
-
-        The cache is folded and is one more part of their softmax.
-        """
-        cache.flush()
+        """Many tokens after a filled cache, which is one more part of their softmax."""
         order = None
         if mask is not None:
             order = torch.argsort(~mask, dim=1, stable=True)
@@ -457,7 +452,8 @@ class _Runner:
         first = 0
         if self.window and cache.valid is None:
             first = max(0, cache.length - self.window + 1)
-        k, v = (y[:, :, first:].to(q.dtype) for y in (cache.folded_keys, cache.values))
+        keys, bias = cache.present()
+        k, v = (y[:, :, first:].to(q.dtype) for y in (keys, cache.values))
         visible = None
         if cache.valid is not None or self.window:
             rank = torch.arange(first, cache.length, device=q.device)[None]
@@ -473,14 +469,14 @@ class _Runner:
             if cache.valid is not None:
                 visible &= cache.valid[:, None, :]
             visible = None if bool(visible.all()) else visible.expand(batch, -1, -1)
-        if g is None or cache.bias is None:
+        if g is None or bias is None:
             q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, H, G T, K]
         else:
             group = heads // k.shape[1]
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
             gates = g.transpose(1, 2).cumsum(-1)
             q = torch.cat([q, torch.stack([gates, torch.ones_like(gates)], -1)], -1)
-            bias = cache.bias[:, :, first:]
+            bias = bias[:, :, first:]
             k = torch.cat([k, torch.stack([torch.ones_like(bias), bias], -1)], -1)
         if visible is not None:
             visible = visible.repeat(1, q.shape[2] // count, 1).repeat_interleave(k.shape[1], 0)
