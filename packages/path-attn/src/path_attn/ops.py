@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from path_attn import blockwise
 from path_attn.cache import PaTHKVCache
@@ -369,41 +370,61 @@ class _Runner:
     ) -> Tensor:
         """A few tokens after a filled cache, which is read once and not written."""
         count = x.q.shape[1]
-        cache.reserve(count)
-        moved, recent = [], []  # per token: query at the fold point, logits of the open tokens
-        groups = (cache.values.shape[1], -1)
-        for t in range(count):
-            token = x.each(lambda y, t=t: y[:, t : t + 1])
-            valid = None if mask is None else mask[:, t : t + 1]
-            cache.advance(token.k.to(dtype), token.v.to(dtype), token.w, token.beta, token.g, valid)
-            q = token.q[:, 0].unflatten(1, groups)  # [B, H, G, K]
-            if cache.walk is not None:
-                seen = q @ cache.walk.mT
-                q, logits = seen.split([q.shape[-1], seen.shape[-1] - q.shape[-1]], -1)
-                recent.append(logits)
-            moved.append(q)
-        keys = cache.folded_keys
-        q = torch.cat(moved, 2).to(keys.dtype)  # [B, H, count G, K]
-        logits = (q @ keys.mT).to(x.q.dtype)
-        if recent:  # earlier tokens know fewer open keys; those to come are masked below
-            width = recent[-1].shape[-1]
-            padded = [torch.nn.functional.pad(r, (0, width - r.shape[-1])) for r in recent]
-            logits = torch.cat([logits, torch.cat(padded, 2)], -1)
-        logits = (
-            logits.unflatten(2, (count, -1)).transpose(2, 3).flatten(1, 2)
-        )  # [B, HQ, count, length]
+        q, recent = _walk(x, mask, cache, dtype)
+        visible = self._visible(cache, count)
+        if self.backend == "triton" and count == 1:
+            out = self._flash_step(q, recent, visible, cache)
+        else:
+            keys, values = cache.folded_keys, cache.values
+            logits = torch.cat([(q.to(keys.dtype) @ keys.mT).to(q.dtype), recent], -1)
+            logits = self._biased(logits, cache.bias)
+            if visible is not None:
+                logits = logits.unflatten(2, (count, -1))  # [B, H, count, G, length]
+                # A masked query may see nothing; its row is zeroed at the end.
+                hidden = ~visible[:, None, :, None]
+                logits = logits.masked_fill(hidden, torch.finfo(q.dtype).min).flatten(2, 3)
+            out = (logits.softmax(-1).to(values.dtype) @ values).to(q.dtype)
+        out = out.unflatten(2, (count, -1)).transpose(1, 2).flatten(2, 3)  # [B, count, HQ, V]
+        return out if mask is None else out.masked_fill(~mask[..., None, None], 0)
+
+    def _biased(self, logits: Tensor, bias: Tensor | None) -> Tensor:
+        """Cap logits `[B, H, count G, n]` and add the gates `[B, HQ, n]`."""
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        if cache.bias is not None:
-            logits = logits + cache.bias.unsqueeze(2)
-        visible = self._visible(cache, count)
-        if visible is not None:
-            # A masked query may see nothing; its row is zeroed at the end.
-            logits = logits.masked_fill(~visible.unsqueeze(1), torch.finfo(logits.dtype).min)
-        weights = logits.softmax(-1).to(cache.values.dtype)  # [B, HQ, count, length]
-        out = weights.unflatten(1, groups).flatten(2, 3) @ cache.values
-        out = out.unflatten(2, (-1, count)).flatten(1, 2).transpose(1, 2).to(x.q.dtype)
-        return out if mask is None else out.masked_fill(~mask[..., None, None], 0)
+        if bias is None:
+            return logits
+        bias = bias.unflatten(1, (logits.shape[1], -1))  # [B, H, G, n]
+        return (logits.unflatten(2, (-1, bias.shape[2])) + bias.unsqueeze(2)).flatten(2, 3)
+
+    def _flash_step(
+        self, q: Tensor, recent: Tensor, visible: Tensor | None, cache: PaTHKVCache
+    ) -> Tensor:
+        """One token on the Triton kernel: the folded keys there, the few open ones here."""
+        from path_attn.kernels.decode import decode_triton
+
+        keys, values, bias = cache.folded_keys, cache.values, cache.bias
+        old = keys.shape[2]
+        valid = None if visible is None else visible[:, 0].expand(q.shape[0], -1)
+        parts = []
+        if old:
+            parts.append(
+                decode_triton(
+                    q,
+                    keys,
+                    values[:, :, :old],
+                    bias=None if bias is None else bias[..., :old],
+                    valid=None if valid is None else valid[:, :old],
+                    softcap=self.softcap,
+                )
+            )
+        if recent.shape[-1]:
+            logits = self._biased(recent, None if bias is None else bias[..., old:])
+            if valid is not None:
+                logits = logits.masked_fill(~valid[:, None, None, old:], torch.finfo(q.dtype).min)
+            weights = logits.softmax(-1)
+            parts.append((weights @ values[:, :, old:].to(q.dtype), logits.logsumexp(-1)))
+        outs, lses = zip(*parts, strict=True)
+        return blockwise.merge_parts(list(outs), list(lses))[0]
 
     def _visible(self, cache: PaTHKVCache, count: int) -> Tensor | None:
         """Columns that the last `count` tokens may see, `[B or 1, count, length]`.
@@ -484,6 +505,36 @@ class _Runner:
         out, lse = blockwise.part_forward(*(y.flatten(0, 1) for y in (q, k, v)), rules, visible)
         shape = (batch, heads, count)
         return out.reshape(*shape, -1), lse.reshape(shape)
+
+
+def _walk(
+    x: _Tokens, mask: Tensor | None, cache: PaTHKVCache, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Append a few tokens to the cache, moving each query on its way.
+
+    Returns:
+        q: Queries at the fold point, `[B, H, count G, K]`, tokens outermost. logits: Those of the
+            columns that are open after the last token, `[B, H, count G, open]`; 0 for later ones.
+    """
+    count, groups = x.q.shape[1], (x.k.shape[2], -1)
+    cache.reserve(count)
+    moved, recent = [], []
+    for t in range(count):
+        token = x.each(lambda y, t=t: y[:, t : t + 1])
+        valid = None if mask is None else mask[:, t : t + 1]
+        cache.advance(token.k.to(dtype), token.v.to(dtype), token.w, token.beta, token.g, valid)
+        q = token.q[:, 0].unflatten(1, groups)  # [B, H, G, K]
+        logits = q[..., :0]
+        if cache.walk is not None:
+            seen = q @ cache.walk.mT
+            q, logits = seen[..., : q.shape[-1]], seen[..., q.shape[-1] :]
+        moved.append(q)
+        recent.append(logits)
+    if count == 1:
+        return moved[0], recent[0]
+    width = recent[-1].shape[-1]
+    padded = [F.pad(logits, (0, width - logits.shape[-1])) for logits in recent]
+    return torch.cat(moved, 2), torch.cat(padded, 2)
 
 
 def _to_rows(x: _Tokens, *, share_heads: bool) -> dict[str, Tensor | None]:
