@@ -16,11 +16,11 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["path", "path-fox"])
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, None), (None, 3.0)])
 @pytest.mark.parametrize("padded", [False, True], ids=["dense", "left-padded"])
-def test_prefill_and_decode_match_the_definition(gated, window, padded):
+def test_prefill_and_decode_match_the_definition(gated, window, softcap, padded):
     generator = torch.Generator().manual_seed(0)
-    batch, length, heads, dim, prompt = 2, 96, 2, 16, 70
+    batch, length, heads, dim, prompt = 2, 90, 2, 16, 70
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
@@ -41,6 +41,7 @@ def test_prefill_and_decode_match_the_definition(gated, window, padded):
             *(None if x is None else x[:, piece] for x in tokens),
             attention_mask=mask[:, piece] if padded else None,
             window=window,
+            softcap=softcap,
             cache=cache,
             backend="triton",
         )[0]
@@ -49,7 +50,7 @@ def test_prefill_and_decode_match_the_definition(gated, window, padded):
     seen = torch.cat(outs, 1)
     for row, start in enumerate((0, skipped)):
         real = [None if x is None else x[row : row + 1, start:].double() for x in tokens]
-        expected = global_path_attention(*real, window=window)
+        expected = global_path_attention(*real, window=window, softcap=softcap)
         # float32 sums of at most 96 terms of order 1
         torch.testing.assert_close(
             seen[row : row + 1, start:].double(), expected, atol=2e-5, rtol=0

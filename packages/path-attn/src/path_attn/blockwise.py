@@ -526,6 +526,7 @@ def cut(
     *,
     softcap: float = 0.0,
     block: int = 64,
+    super_blocks: bool = True,
 ) -> Prepared:
     """Pad to whole blocks and prepare every level.
 
@@ -538,10 +539,12 @@ def cut(
         g: Log gates, `[N, T]`, or None.
         softcap: Cap of the logits inside blocks; 0 for none.
         block: Tokens per block.
+        super_blocks: Whether to join blocks to a second level where there are many.
     """
     length = q.shape[2]
     block = min(block, length)
-    whole = block if length <= block * FAN_OUT else block * FAN_OUT
+    super_blocks = super_blocks and length > block * FAN_OUT
+    whole = block * FAN_OUT if super_blocks else block
     extra = -length % whole
     if extra:
         q, k, v = (F.pad(x, (0, 0, 0, extra)) for x in (q, k, v))
@@ -559,7 +562,7 @@ def cut(
         logits = logits + (gates[..., :, None] - gates[..., None, :]).unsqueeze(1)
         level = add_gates(level, gates)
     levels = [level]
-    if level.k.shape[1] > FAN_OUT:
+    if super_blocks:
         levels.append(compose(level, FAN_OUT))
     return Prepared(logits, v, levels)
 

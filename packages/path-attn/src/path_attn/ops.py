@@ -309,7 +309,9 @@ class _Runner:
             from path_attn.kernels.attention import attend_triton
 
             gates = rows.pop("g")
-            prepared = blockwise.cut(**rows, g=None, block=self.block)
+            prepared = blockwise.cut(
+                **rows, g=None, softcap=self.softcap, block=self.block, super_blocks=False
+            )
             out, lse = attend_triton(
                 prepared, gates, softcap=self.softcap, window=self.window, compute_dtype=self.dtype
             )
