@@ -24,6 +24,7 @@ from tenfold_common.cli import base_parser
 from tenfold_common.errors import UserError
 from tenfold_common.results import write_bench
 
+DESCRIPTION = "Speed and memory against plain attention and fla's reference."
 HEADS, DIM = 4, 64
 LENGTHS = (512, 2048, 4096, 8192)
 GLOBAL_GRADIENT_LIMIT = (
@@ -35,7 +36,7 @@ TOLERANCE = 2e-4  # fp32, outputs of order 1
 
 def main(argv: list[str]) -> int:
     """Run `path-attn bench`."""
-    parser = base_parser("path-attn bench", __doc__.splitlines()[0], __version__)
+    parser = base_parser("path-attn bench", DESCRIPTION, __version__)
     parser.add_argument("what", choices=["attention", "memory", "decode"], help="what to measure")
     parser.add_argument("--json", type=Path, help="write the results here as well")
     parser.add_argument(
@@ -287,9 +288,7 @@ def bench_decode(lengths: tuple[int, ...], repeats: int) -> tuple[dict, list[dic
                 if dtype == torch.float32:
                     errors.append(_decode_error(batch))
                 # 128 tokens a run: two folds' worth, so their cost is in the average.
-                calls = {
-                    impl: lambda w=w: [w.step() for _ in range(128)] for impl, w in walkers.items()
-                }
+                calls = {impl: _tokens(walker, 128) for impl, walker in walkers.items()}
                 size = 2 * batch * HEADS * length * DIM * dtype.itemsize
                 for impl, seconds in in_turns(
                     calls, repeats, reset=[w.reset for w in walkers.values()]
@@ -318,6 +317,10 @@ def bench_decode(lengths: tuple[int, ...], repeats: int) -> tuple[dict, list[dic
         rows,
         notes,
     )
+
+
+def _tokens(walker: "Lazy | Plain", count: int) -> Callable[[], object]:
+    return lambda: [walker.step() for _ in range(count)]
 
 
 class Lazy:

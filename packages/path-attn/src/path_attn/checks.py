@@ -180,10 +180,12 @@ def check_values(
     Masked tokens may hold anything.
     """
     if mask is not None:
-        q, k, v, w, beta, g = (
-            None if x is None else x.masked_fill(~mask.view(*mask.shape, *(1,) * (x.dim() - 2)), 0)
-            for x in (q, k, v, w, beta, g)
-        )
+
+        def real(x: Tensor) -> Tensor:
+            return x.masked_fill(~mask.view(*mask.shape, *(1,) * (x.dim() - 2)), 0)
+
+        q, k, v = real(q), real(k), real(v)
+        w, beta, g = (None if x is None else real(x) for x in (w, beta, g))
     named = (("q", q), ("k", k), ("v", v), ("w", w), ("beta", beta), ("g", g))
     for name, x in named if strict else ():
         if x is not None and bool(x.isnan().any()):

@@ -3,8 +3,9 @@
 It checks its inputs, chooses a back-end, handles padding, packing and the cache.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,22 +116,22 @@ def path_attention(
         w, beta = w.unsqueeze(3), beta.unsqueeze(3)  # one reflection a token
     if cache is None and return_cache:
         cache = PaTHKVCache()
-    backend = choose_backend(backend, q, v)
+    chosen = choose_backend(backend, q, v)
 
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
         tokens = _Tokens(
-            q.to(dtype) * scale,
+            q.to(dtype) * factor,
             k.to(dtype),
             v.to(dtype),
             None if w is None else w.to(dtype),
             None if beta is None else _clip(beta.to(dtype), max_beta),
-            None if g is None else g.to(dtype) * (scale if gate_scale == "fla" else 1.0),
+            None if g is None else g.to(dtype) * (factor if gate_scale == "fla" else 1.0),
         )
-        run = _Runner(backend, block_size, window or 0, softcap or 0.0, q.dtype)
+        run = _Runner(chosen, block_size, window or 0, softcap or 0.0, q.dtype)
         if cache is not None:
-            check_cache(cache, q, k, v, w, beta, g, backend, gate_scale)
+            check_cache(cache, q, k, v, w, beta, g, chosen, gate_scale)
             out = run.cached(tokens, attention_mask, cache, k.dtype)
         elif cu_seqlens is not None:
             out = run.packed(tokens, cu_seqlens.tolist())
@@ -238,48 +239,37 @@ def parallel_path_attn(
 # Running it
 
 
-class _Tokens:
-    """Inputs in compute dtype.
+class _Tokens(NamedTuple):
+    """Inputs in compute dtype, shaped as the user gave them but with their reflection axis.
 
-    Q scaled, g as it enters the logits, w and beta with their reflection axis.
+    q is scaled, g is as it enters the logits.
     """
 
-    __slots__ = ("beta", "g", "k", "q", "v", "w")
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    w: Tensor | None
+    beta: Tensor | None
+    g: Tensor | None
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        w: Tensor | None,
-        beta: Tensor | None,
-        g: Tensor | None,
-    ) -> None:
-        self.q, self.k, self.v, self.w, self.beta, self.g = q, k, v, w, beta, g
+    def each(self, change: Callable[[Tensor], Tensor]) -> "_Tokens":
+        def maybe(x: Tensor | None) -> Tensor | None:
+            return None if x is None else change(x)
 
-    def each(self, change) -> "_Tokens":
-        fields = (self.q, self.k, self.v, self.w, self.beta, self.g)
-        return _Tokens(*(None if x is None else change(x) for x in fields))
+        q, k, v, w, beta, g = self
+        return _Tokens(change(q), change(k), change(v), maybe(w), maybe(beta), maybe(g))
 
     def zeroed(self, mask: Tensor) -> "_Tokens":
-        """Zero masked tokens.
-
-        H = I, gate 1, and no NaN that could pass through a product with 0.
-        """
+        """Zero masked tokens: H = I, gate 1, and no NaN to pass through a product with 0."""
         return self.each(lambda x: x.masked_fill(~mask.view(*mask.shape, *(1,) * (x.dim() - 2)), 0))
 
 
-class _Runner:
-    def __init__(
-        self, backend: str, block: int, window: int, softcap: float, dtype: torch.dtype
-    ) -> None:
-        self.backend, self.block, self.window, self.softcap, self.dtype = (
-            backend,
-            block,
-            window,
-            softcap,
-            dtype,
-        )
+class _Runner(NamedTuple):
+    backend: str
+    block: int
+    window: int  # 0: none
+    softcap: float  # 0: none
+    dtype: torch.dtype  # of the operands of matrix products on Triton
 
     def dense(self, x: _Tokens) -> Tensor:
         """Equal-length sequences, every token real: `[B, T, HQ, V]`."""
@@ -304,21 +294,23 @@ class _Runner:
     def _levels(self, x: _Tokens) -> tuple[Tensor, Tensor, list[blockwise.Level]]:
         """Output and log-sum-exp as `[N, G, T, ...]` rows, and the levels."""
         length = x.q.shape[1]
-        rows = _to_rows(x, share_heads=x.g is None or self.backend == "triton")
+        q, k, v, w, beta, g = _to_rows(x, share_heads=x.g is None or self.backend == "triton")
         if self.backend == "triton":
             from path_attn.kernels.attention import attend_triton
 
-            gates = rows.pop("g")
             prepared = blockwise.cut(
-                **rows, g=None, softcap=self.softcap, block=self.block, super_blocks=False
-            )
+                q, k, v, w, beta, None,
+                softcap=self.softcap, block=self.block, super_blocks=False,
+            )  # fmt: skip
             out, lse = attend_triton(
-                prepared, gates, softcap=self.softcap, window=self.window, compute_dtype=self.dtype
+                prepared, g, softcap=self.softcap, window=self.window, compute_dtype=self.dtype
             )
         else:
-            prepared = blockwise.cut(**rows, softcap=self.softcap, block=self.block)
+            prepared = blockwise.cut(
+                q, k, v, w, beta, g, softcap=self.softcap, block=self.block
+            )  # fmt: skip
             out, lse = blockwise.attend(
-                prepared, softcap=self.softcap, window=self.window, gated=x.g is not None
+                prepared, softcap=self.softcap, window=self.window, gated=g is not None
             )
         return out[:, :, :length], lse[:, :, :length], prepared.levels
 
@@ -504,7 +496,8 @@ class _Runner:
         if visible is not None:
             visible = visible.repeat(1, q.shape[2] // count, 1).repeat_interleave(k.shape[1], 0)
         rules = blockwise.Rules(self.softcap, 0, 0 if g is None else blockwise.GATE_DIMS)
-        out, lse = blockwise.part_forward(*(y.flatten(0, 1) for y in (q, k, v)), rules, visible)
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        out, lse = blockwise.part_forward(q, k, v, rules, visible)
         shape = (batch, heads, count)
         return out.reshape(*shape, -1), lse.reshape(shape)
 
@@ -539,26 +532,25 @@ def _walk(
     return torch.cat(moved, 2), torch.cat(padded, 2)
 
 
-def _to_rows(x: _Tokens, *, share_heads: bool) -> dict[str, Tensor | None]:
-    """Arguments of `blockwise.cut`.
+def _to_rows(x: _Tokens, *, share_heads: bool) -> _Tokens:
+    """Rows of `blockwise.cut`: one per key head, or per query head where the gates differ.
 
-    One row per key head, or per query head where the gates differ.
+    Returns:
+        q `[N, G, T, K]`; k, v, w, beta `[N, T, ...]`; g `[N, G, T]` if heads are shared, else
+        `[N, T]` with G = 1.
     """
     group = x.q.shape[2] // x.k.shape[2]
+    shared = group if share_heads else 1
 
-    def rows(t: Tensor | None) -> Tensor | None:
-        if t is None:
-            return None
-        t = t if share_heads else t.repeat_interleave(group, 2)
-        return t.transpose(1, 2).flatten(0, 1)
+    def of_key(t: Tensor) -> Tensor:
+        return t.repeat_interleave(group // shared, 2).transpose(1, 2).flatten(0, 1)
 
-    q = (
-        x.q.transpose(1, 2).unflatten(1, (-1, group if share_heads else 1)).flatten(0, 1)
-    )  # [N, G, T, K]
-    g = None if x.g is None else x.g.transpose(1, 2)  # [B, HQ, T]
-    if g is not None:
-        g = g.unflatten(1, (-1, group)).flatten(0, 1) if share_heads else g.flatten(0, 1)
-    return {"q": q, "k": rows(x.k), "v": rows(x.v), "w": rows(x.w), "beta": rows(x.beta), "g": g}
+    def of_query(t: Tensor) -> Tensor:
+        return t.transpose(1, 2).unflatten(1, (-1, shared)).flatten(0, 1)
+
+    keyed = x.each(of_key)
+    g = None if x.g is None else of_query(x.g)
+    return keyed._replace(q=of_query(x.q), g=g if g is None or share_heads else g[:, 0])
 
 
 def _from_rows(out: Tensor, q: Tensor) -> Tensor:
