@@ -14,6 +14,7 @@ from path_attn import (
     path_attention_decode,
 )
 from path_attn.cache import FOLD
+from path_attn.ops import PAST_QUERIES, _scores
 from tenfold_common import UserError
 from tenfold_common.testing import assert_matches_reference
 
@@ -356,11 +357,13 @@ def test_memory_is_that_of_keys_and_values(dtype):
     assert 1.3 * held(2048) < held(2048, history=True) < 2.5 * held(2048)
 
 
-def test_memory_after_many_steps_stays_within_twice_the_contents():
-    inputs = make(B=1, T=1100, HQ=1, K=16, V=16, gates=False, dtype=torch.float32)
+@pytest.mark.parametrize("T", [300, 600, 1100])
+def test_memory_after_many_steps_stays_within_twice_the_contents(T):
+    inputs = make(B=1, T=T, HQ=1, K=16, V=16, gates=False, dtype=torch.float32)
     cache = PaTHKVCache()
     feed(inputs, [], cache)
-    assert cache.nbytes < 2.2 * 2 * 1100 * 16 * 4
+    walk_and_open = (16 + 96) * 16 * 4 + 96 * (16 + 16 + 1) * 4
+    assert cache.nbytes < 2 * (2 * T * 16 * 4) + walk_and_open
 
 
 def test_keys_drift_less_than_when_rewritten_every_step():
@@ -508,6 +511,14 @@ def test_crop_to_a_negative_length_is_refused():
     with pytest.raises(UserError, match="-1"):
         cache.crop(-1)
     assert cache.length == 5
+
+
+def test_crop_to_more_than_is_held_is_refused():
+    cache = PaTHKVCache()
+    feed(make(T=70), [70], cache)
+    with pytest.raises(UserError, match="cannot crop 70 tokens to 71"):
+        cache.crop(71)
+    assert cache.length == 70
 
 
 def test_crop_to_the_present_length_changes_nothing():
@@ -676,3 +687,37 @@ def test_rows_that_do_not_exist_are_refused(index):
     with pytest.raises((UserError, IndexError)):
         cache.reorder(torch.tensor(index))
     assert cache.batch == 2
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 60])
+def test_many_padded_tokens_after_a_filled_cache(softcap, window):
+    """More new tokens than meet the past at once."""
+    total = PAST_QUERIES + 90
+    inputs = make(T=total, HQ=2, H=1)
+    mask = torch.ones(2, total, dtype=torch.bool)
+    mask[1, :20] = False
+    options = {"softcap": softcap, "window": window}
+    seen = feed(inputs, [60, total - 60], PaTHKVCache(), mask, **options)
+    assert_close(seen, oracle(inputs, mask, **options))
+
+
+def test_a_cache_of_inference_mode_says_how_to_go_on():
+    inputs = make(T=20)
+    cache = PaTHKVCache()
+    with torch.inference_mode():
+        path_attention(*part(inputs, 0, 10), cache=cache)
+    with pytest.raises(UserError, match="inference_mode"):
+        path_attention(*part(inputs, 10, 11), cache=cache)
+    with torch.inference_mode():
+        seen, _ = path_attention(*part(inputs, 10), cache=cache)
+    assert_close(seen, oracle(inputs)[:, 10:])
+
+
+def test_half_precision_keys_give_logits_in_float32():
+    torch.manual_seed(0)
+    q, keys = 16 * torch.randn(1, 2, 3, 64), torch.randn(1, 2, 2500, 64).bfloat16()
+    exact = q.double() @ keys.double().mT
+    error = (_scores(q, keys).double() - exact).abs().max()
+    assert error < 64 * 2**-24 * float((q.double().abs() @ keys.double().abs().mT).max())
+    assert _scores(q, keys[:, :, :0]).shape == (1, 2, 3, 0)

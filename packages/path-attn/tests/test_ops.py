@@ -547,3 +547,15 @@ def test_parallel_path_attn_packed():
     out, _ = parallel_path_attn(q, k, v, w, beta, g, None, bounds)
     expected, _ = path_attention(q, k, v, w, beta, g, gate_scale="fla", cu_seqlens=bounds)
     assert torch.equal(out, expected)
+
+
+def test_backward_inside_autocast_keeps_float32():
+    torch.manual_seed(0)
+    q, k, v, w = (torch.randn(1, 130, 2, 16) for _ in range(4))
+    inputs = [x.requires_grad_() for x in (q, k, v, normalize(w, dim=-1), torch.rand(1, 130, 2))]
+    out, _ = path_attention(*inputs)
+    seed = torch.randn_like(out)
+    expected = torch.autograd.grad(out, inputs[2], seed, retain_graph=True)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = torch.autograd.grad(out, inputs[2], seed)[0]
+    assert torch.equal(seen, expected)

@@ -477,12 +477,13 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 8
-    logits, v, *levels, out, lse = ctx.saved_tensors
     n = ctx.levels
+    if grad is None:
+        return None, None, [None] * n, [None] * n, [None] * n, None, None, None
+    logits, v, *levels, out, lse = ctx.saved_tensors
     qs, ks, ps = levels[:n], levels[n : 2 * n], levels[2 * n :]
-    grads = levels_backward(grad.contiguous(), logits, v, qs, ks, ps, out, lse, *ctx.rules)
+    with torch.autocast(grad.device.type, enabled=False):
+        grads = levels_backward(grad.contiguous(), logits, v, qs, ks, ps, out, lse, *ctx.rules)
     return (
         grads[0],
         grads[1],

@@ -66,7 +66,7 @@ class PaTHKVCache:
         self._open: dict[
             str, Tensor
         ] = {}  # k [B, n, H, K], w [B, n, H, R, K], beta [B, n, H, R], g [B, n, HQ]
-        self._past: dict[str, Tensor] = {}  # the same of all columns, with `history`
+        self._past: dict[str, Tensor] = {}  # the same with room for more, with `history`
 
     # -- what it holds
     # -------------------------------------------------------------------------------------------
@@ -244,8 +244,7 @@ class PaTHKVCache:
             sums = self._bias_now[..., None] + g.transpose(1, 2).cumsum(-1)
             self._bias[:, :, start : self.length] = -sums
             self._bias_now = sums[..., -1]
-            if self.history:
-                self._past["g"] = _join(self._past.get("g"), g)
+            self._archive("g", g, start)
         if self._valid is None and valid is not None and not bool(valid.all()):
             self._valid = torch.ones(
                 v.shape[0], self._v.shape[2], dtype=torch.bool, device=v.device
@@ -256,9 +255,20 @@ class PaTHKVCache:
     def _remember(self, k: Tensor, w: Tensor, beta: Tensor) -> None:
         new = {"k": k.to(beta.dtype), "w": w, "beta": beta}
         self._open = {name: _join(self._open.get(name), x) for name, x in new.items()}
-        if self.history:
-            new["k"] = k
-            self._past |= {name: _join(self._past.get(name), x) for name, x in new.items()}
+        for name, x in (("k", k), ("w", w), ("beta", beta)):
+            self._archive(name, x, self.length - k.shape[1])
+
+    def _archive(self, name: str, x: Tensor, start: int) -> None:
+        """With `history`, keep `x [B, T, ...]` as columns `start` to `start + T`."""
+        if not self.history:
+            return
+        held = self._past.get(name)
+        if held is None:
+            held = x.new_empty(x.shape[0], 0, *x.shape[2:])
+        if start + x.shape[1] > held.shape[1]:
+            held = _grow(held, 1, max(start + x.shape[1], 256, 2 * start))
+        held[:, start : start + x.shape[1]] = x
+        self._past[name] = held
 
     def _store_keys(self, k: Tensor) -> None:
         """Write keys `[B, H, n, K]`, standing at the fold point, behind the folded ones."""
@@ -303,12 +313,12 @@ class PaTHKVCache:
         """Forget all columns from `length` on.
 
         Raises:
-            UserError: `length` is negative or lies before the fold point (and `history` is off). H
-                is singular at beta = 1, so a fold cannot be undone.
+            UserError: `length` is negative, more than are held, or lies before the fold point
+                while `history` is off. H is singular at beta = 1, so a fold cannot be undone.
         """
-        if length < 0:
-            raise UserError(f"cannot crop to {length} tokens; the length must be 0 or more")
-        if length >= self.length:
+        if not 0 <= length <= self.length:
+            raise UserError(f"cannot crop {self.length} tokens to {length}")
+        if length == self.length:
             return
         if length == 0:
             self._clear()
@@ -325,7 +335,6 @@ class PaTHKVCache:
         if self._bias is not None:
             self._bias_now = -self._bias[:, :, length - 1]
         self.length = length
-        self._past = {name: x[:, :length] for name, x in self._past.items()}
         if self._walk is None:
             self._folded = length
         else:

@@ -308,6 +308,11 @@ def check_cache(
     if cache.length == 0:
         cache.form = form
         return
+    if cache.values.is_inference() and not torch.is_inference_mode_enabled():
+        raise UserError(
+            "the cache was filled under torch.inference_mode(); go on under it, or fill it under "
+            "torch.no_grad()"
+        )
     if torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (q, k, v, w, beta, g)
     ):

@@ -27,6 +27,8 @@ from tenfold_common.errors import UserError
 
 Backend = Literal["auto", "reference", "torch", "triton"]
 GateScale = Literal["paper", "fla"]
+PAST_QUERIES = 512  # new tokens that meet a filled cache at once
+WIDENED_KEYS = 1024  # half-precision keys widened at once: they stay in the processor's cache
 STEP_TOKENS = 8  # up to so many new tokens walk one by one instead of folding the whole cache
 
 
@@ -370,7 +372,7 @@ class _Runner(NamedTuple):
             out = self._flash_step(q, recent, visible, cache)
         else:
             keys, values = cache.folded_keys, cache.values
-            logits = torch.cat([(q.to(keys.dtype) @ keys.mT).to(q.dtype), recent], -1)
+            logits = torch.cat([_scores(q, keys), recent], -1)
             logits = self._biased(logits, cache.bias)
             if visible is not None:
                 logits = logits.unflatten(2, (count, -1))  # [B, H, count, G, length]
@@ -459,47 +461,63 @@ class _Runner(NamedTuple):
         return _take(out, torch.argsort(order, dim=1)).masked_fill(~mask[..., None, None], 0)
 
     def _past(self, q: Tensor, g: Tensor | None, cache: PaTHKVCache) -> tuple[Tensor, Tensor]:
-        """Part of the softmax over a folded cache, for queries `[B, HQ, T, K]` at its end.
+        """Attention to what the cache held before the new tokens, as a part of their softmax.
 
-        `[B, HQ, T, V]`, lse.
+        Args:
+            q: New queries moved to the end of the cache, `[B, HQ, T, K]`.
+            g: Their log gates, `[B, T, HQ]`, or None.
+            cache: Not yet extended.
+
+        Returns:
+            out: `[B, HQ, T, V]`. lse: `[B, HQ, T]`.
         """
-        batch, heads, count, _ = q.shape
         first = 0
         if self.window and cache.valid is None:
             first = max(0, cache.length - self.window + 1)
         keys, bias = cache.present()
         k, v = (y[:, :, first:].to(q.dtype) for y in (keys, cache.values))
-        visible = None
-        if cache.valid is not None or self.window:
-            rank = torch.arange(first, cache.length, device=q.device)[None]
-            after = torch.arange(cache.length, cache.length + count, device=q.device)[None]
-            if cache.valid is not None:
-                rank = cache.valid.cumsum(1) - 1
-                after = cache.lengths[:, None] + torch.arange(count, device=q.device)
-            visible = torch.ones(
-                rank.shape[0], count, rank.shape[1], dtype=torch.bool, device=q.device
-            )
-            if self.window:
-                visible &= after[:, :, None] - rank[:, None, :] < self.window
-            if cache.valid is not None:
-                visible &= cache.valid[:, None, :]
-            visible = None if bool(visible.all()) else visible.expand(batch, -1, -1)
-        if g is None or bias is None:
-            q = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, H, G T, K]
-        else:
-            group = heads // k.shape[1]
+        if g is not None and bias is not None:
+            group = q.shape[1] // k.shape[1]
             k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-            gates = g.transpose(1, 2).cumsum(-1)
+            gates, bias = g.transpose(1, 2).cumsum(-1), bias[:, :, first:]
             q = torch.cat([q, torch.stack([gates, torch.ones_like(gates)], -1)], -1)
-            bias = bias[:, :, first:]
             k = torch.cat([k, torch.stack([torch.ones_like(bias), bias], -1)], -1)
-        if visible is not None:
-            visible = visible.repeat(1, q.shape[2] // count, 1).repeat_interleave(k.shape[1], 0)
         rules = blockwise.Rules(self.softcap, 0, 0 if g is None else blockwise.GATE_DIMS)
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        out, lse = blockwise.part_forward(q, k, v, rules, visible)
-        shape = (batch, heads, count)
-        return out.reshape(*shape, -1), lse.reshape(shape)
+        batch, heads = k.shape[:2]
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        parts = []
+        for piece in q.split(PAST_QUERIES, 2):  # bounds the logits, where they are written out
+            count, start = piece.shape[2], PAST_QUERIES * len(parts)
+            visible = self._sees_past(cache, first, start, count)
+            if visible is not None:
+                visible = visible.expand(batch, -1, -1).repeat(1, q.shape[1] // heads, 1)
+                visible = visible.repeat_interleave(heads, 0)
+            rows = piece.unflatten(1, (heads, -1)).flatten(2, 3).flatten(0, 1)  # [N, G count, D]
+            out, lse = blockwise.part_forward(rows, k, v, rules, visible)
+            shape = (*q.shape[:2], count)
+            parts.append((out.reshape(*shape, -1), lse.reshape(shape)))
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs, 2), torch.cat(lses, 2)
+
+    def _sees_past(self, cache: PaTHKVCache, first: int, start: int, count: int) -> Tensor | None:
+        """Which columns from `first` on the new tokens `start` to `start + count` see.
+
+        `[B or 1, count, columns]`, or None if all see all.
+        """
+        valid = cache.valid
+        if valid is None and not self.window:
+            return None
+        device = cache.values.device
+        new = torch.arange(start, start + count, device=device)
+        rank = torch.arange(first, cache.length, device=device)[None]
+        after = (cache.length + new)[None]
+        if valid is not None:
+            rank = valid.cumsum(1) - 1
+            after = cache.lengths[:, None] + new
+        visible = torch.ones(rank.shape[0], count, rank.shape[1], dtype=torch.bool, device=device)
+        if self.window:
+            visible = after[:, :, None] - rank[:, None, :] < self.window
+        return visible if valid is None else visible & valid[:, None, :]
 
 
 def _walk(
@@ -530,6 +548,14 @@ def _walk(
     width = recent[-1].shape[-1]
     padded = [F.pad(logits, (0, width - logits.shape[-1])) for logits in recent]
     return torch.cat(moved, 2), torch.cat(padded, 2)
+
+
+def _scores(q: Tensor, keys: Tensor) -> Tensor:
+    """`q keys^T` in the dtype of q, `[B, H, n, L]`: half-precision keys are widened run by run."""
+    if keys.dtype == q.dtype:
+        return q @ keys.mT
+    runs = keys.split(WIDENED_KEYS, 2) if keys.shape[2] else [keys]
+    return torch.cat([q @ run.to(q.dtype).mT for run in runs], -1)
 
 
 def _to_rows(x: _Tokens, *, share_heads: bool) -> _Tokens:

@@ -62,7 +62,9 @@ def naive_path_attention(
             for r in range(w.shape[3] - 1, -1, -1):
                 w_r, beta_r = w_heads[:, j, :, r], beta_heads[:, j, :, r, None]
                 moved = moved - beta_r * w_r * (w_r * moved).sum(-1, keepdim=True)
-    return _attend(logits, v, g, scale or q.shape[-1] ** -0.5, gate_scale, window, softcap)
+    return _attend(
+        logits, v, g, q.shape[-1] ** -0.5 if scale is None else scale, gate_scale, window, softcap
+    )
 
 
 def global_path_attention(
@@ -103,7 +105,9 @@ def global_path_attention(
     )
     logits = q_ @ k_.mT - before_query @ pulled
     logits = logits.masked_fill(token[:, None] < token, -torch.inf)
-    return _attend(logits, v, g, scale or q.shape[-1] ** -0.5, gate_scale, window, softcap)
+    return _attend(
+        logits, v, g, q.shape[-1] ** -0.5 if scale is None else scale, gate_scale, window, softcap
+    )
 
 
 def _sub_steps(w: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
