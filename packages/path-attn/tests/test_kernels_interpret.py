@@ -59,9 +59,7 @@ def fast(q, k, v, w, beta, g, *, softcap=0.0, window=0, block=64, dtype=torch.fl
         return x.float().transpose(1, 2).flatten(0, 1)
 
     queries = rows(q * q.shape[-1] ** -0.5).unflatten(0, (batch * heads, group))
-    prepared = cut(
-        queries, rows(k), rows(v), rows(w), rows(beta), None, softcap=softcap, block=block
-    )
+    prepared = cut(queries, rows(k), rows(v), rows(w), rows(beta), softcap=softcap, block=block)
     gates = None if g is None else rows(g).unflatten(0, (batch * heads, group))
     out, _ = attend_triton(prepared, gates, softcap=softcap, window=window, compute_dtype=dtype)
     return out[:, :, :length].unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2)
@@ -164,14 +162,14 @@ def test_float16_output_and_all_gradients(shape, options):
 
 def operator_inputs(length=300, group=2, gated=True, block=64):
     """Inputs of `tree_attention_forward` with a ragged tree."""
-    from path_attn.kernels.tree import tree_forward, tree_gates
+    from path_attn.tree import tree_forward, tree_gates
 
     block = min(block, length)
     q, k, v, w, beta, g = (
         x.float().transpose(1, 2) for x in make(length=length, group=group, gated=gated)
     )
-    prepared = cut(q / 4, k[:, 0], v[:, 0], w[:, 0], beta[:, 0], None, block=block)
-    level = prepared.levels[0]
+    prepared = cut(q / 4, k[:, 0], v[:, 0], w[:, 0], beta[:, 0], block=block)
+    level = prepared.level
     queries, keys = tree_forward(level.q, level.k, level.p, torch.float32)
     gates = torch.nn.functional.pad(g, (0, prepared.v.shape[1] - length))
     gate_q, gate_k, _ = tree_gates(gates, block)
@@ -280,7 +278,7 @@ def test_queries_without_keys_get_zeros():
 
 def test_operators_are_declared_as_they_behave():
     from path_attn.kernels.attention import tree_attention_forward
-    from path_attn.kernels.tree import tree_forward
+    from path_attn.tree import tree_forward
 
     inputs = [x.detach().requires_grad_() for x in operator_inputs(40, block=16)]
     torch.library.opcheck(tree_attention_forward, (*inputs, 3.0, 20, "ieee"))
@@ -325,7 +323,7 @@ def test_too_wide_heads_and_wrong_dtypes_are_refused():
     from path_attn.kernels.attention import attend_triton
 
     q = torch.zeros(1, 1, 8, 257)
-    wide = cut(q, q[0], q[0], None, None, None)
+    wide = cut(q, q[0], q[0], None, None)
     with pytest.raises(ValueError, match="257"):
         attend_triton(wide)
     with pytest.raises(ValueError, match="float64"):

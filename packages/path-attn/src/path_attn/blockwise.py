@@ -1,38 +1,44 @@
-"""PaTH attention in blocks: `O(T (B + K))` memory, differentiable, on any device in plain torch.
+"""PaTH attention in blocks, in plain torch on any device: differentiable, no T x T matrix.
 
-The sequence is cut into blocks of `block` tokens, and these into super-blocks of `FAN_OUT` blocks.
-`prepare` moves every query to the start and every key to the end of its block (arXiv 2505.16381,
-section 3.3) by one triangular solve per block, `compose` does the same for super-blocks. With the d
-x d product P of a whole block, a logit between two blocks is then `q_i P_{i-1} ... P_{j+1} k_j^T`,
-and attention over all earlier blocks is ordinary softmax attention once their keys have been moved
-up to the query's block ("folded"), one d x d product a block.
+`prepare` absorbs the reflections inside blocks of `block` tokens by one triangular solve each: it
+moves every query to the start and every key to the end of its block (arXiv 2505.16381, section
+3.3). `path_attn.tree` then moves them up a binary tree over the blocks, to the boundary where a
+query and a key meet, so that a logit between two blocks is a plain dot product. What is left is
+ordinary softmax attention, level after level, for which torch has a fast kernel on the CPU.
 
-A forget gate is one more factor of the path: two extra dimensions, in which the product is a shear,
-add the log gates between key and query to the logit. Gates are thus summed within blocks only,
-never over the whole sequence.
+A forget gate climbs the same tree and becomes two extra dimensions of queries and keys, whose
+product is the sum of the log gates between them; it is summed within runs of blocks only, never
+over the whole sequence.
 
-Letters: N rows (batch x key heads), G query heads per key head, n blocks, b block size, D head
-dimension (plus the two gate dimensions), V value dimension.
+Per head, for n = T / b blocks: memory for T b logits and log2(n) / 2 copies of q and of k.
+
+Letters: N rows (batch x key heads), G query heads per key head, n blocks, b block size, K key
+dimension, D the same with the gate dimensions, V value dimension.
 """
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-FAN_OUT = 8  # blocks in a super-block: 8 x 64 tokens keep both the inner loop and the folds cheap
+from path_attn.tree import Pairs, pairs_of, slots, tree_forward, tree_gates
+
 GATE_DIMS = 2
+WRITTEN_LOGITS = (
+    2**22
+)  # logits per row of N written out at once, where torch's kernel cannot be used
 
 
 class Level(NamedTuple):
     """The sequence as n blocks of b tokens, ready for attention between blocks.
 
     Attributes:
-        q: Queries at the start of their block, times the softmax scale, `[N, G, n, b, D]`.
-        k: Keys at the end of their block, `[N, n, b, D]`.
-        p: Products over the blocks, for row vectors: `q @ p` crosses a block leftwards, `[N, n, D,
-            D]`.
+        q: Queries at the start of their block, times the softmax scale, `[N, G, n, b, K]`.
+        k: Keys at the end of their block, `[N, n, b, K]`.
+        p: Products over the blocks, for row vectors: `q @ p` crosses a block leftwards, `[N, n, K,
+            K]`.
     """
 
     q: Tensor
@@ -117,27 +123,6 @@ def prepare_without_reflections(q: Tensor, k: Tensor, block: int) -> tuple[Tenso
     return q @ k.mT.unsqueeze(1), Level(q, k, eye.expand(*k.shape[:2], -1, -1))
 
 
-def add_gates(level: Level, gates: Tensor) -> Level:
-    """Append the gate dimensions to a level whose G is 1.
-
-    A query carries (sum of gates from its block's start, 1), a key (1, sum of gates to its block's
-    end), and crossing a block adds the block's sum.
-
-    Args:
-        level: Blocks without gates.
-        gates: Running sum of the log gates inside each block, `[N, n, b]`.
-    """
-    one = torch.ones_like(gates)
-    total = gates[..., -1:]
-    q = torch.cat([level.q, torch.stack([gates, one], -1).unsqueeze(1)], -1)
-    k = torch.cat([level.k, torch.stack([one, total - gates], -1)], -1)
-    p = F.pad(level.p, (0, GATE_DIMS, 0, GATE_DIMS))
-    shear = torch.zeros_like(p)
-    shear[..., -1, -2] = total.squeeze(-1)
-    shear = shear + torch.diag_embed(p.new_tensor([0.0] * level.p.shape[-1] + [1.0, 1.0]))
-    return Level(q, k, p + shear)
-
-
 def move_to_end(k: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """Move the keys of consecutive blocks from the end of their block to the end of the last one.
 
@@ -155,15 +140,20 @@ def move_to_end(k: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(keys[::-1], -2), suffix
 
 
-def compose(level: Level, size: int) -> Level:
-    """Join every `size` neighbouring blocks into one; n must be a multiple of `size`."""
-    q, p = level.q.unflatten(2, (-1, size)), level.p.unflatten(1, (-1, size))
-    queries, prefix = [q[:, :, :, 0]], p[:, :, 0]  # prefix = P_{r-1} ... P_0
-    for r in range(1, size):
-        queries.append(q[:, :, :, r] @ prefix.unsqueeze(1))
-        prefix = p[:, :, r] @ prefix
-    k, product = move_to_end(level.k.unflatten(1, (-1, size)), p)
-    return Level(torch.cat(queries, 3), k, product)
+def move_to_start(q: Tensor, p: Tensor) -> Tensor:
+    """Move the queries of consecutive blocks from the start of their block to that of the first.
+
+    Args:
+        q: `[N, G, n, b, K]`.
+        p: `[N, n, K, K]`.
+
+    Returns:
+        `[N, G, n b, K]`.
+    """
+    crossed = [torch.eye(p.shape[-1], dtype=p.dtype, device=p.device).expand_as(p[:, 0])]
+    for r in range(p.shape[1] - 1):
+        crossed.append(p[:, r] @ crossed[-1])  # P_r ... P_0
+    return (q @ torch.stack(crossed, 1).unsqueeze(1)).flatten(2, 3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -207,9 +197,17 @@ def _widen(x: Tensor, size: int) -> Tensor:
 def part_forward(
     q: Tensor, k: Tensor, v: Tensor, rules: Rules, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of `q [N, q, D]` to `k [N, k, D]`, `v [N, k, V]`.
+    """Attention of queries `[N, q, D]` to keys `[N, k, D]` and values `[N, k, V]`.
 
-    Output `[N, q, V]` and log-sum-exp `[N, q]`.
+    Args:
+        q: Queries, scaled.
+        k: Keys.
+        v: Values.
+        rules: How logits become weights.
+        mask: What each query sees, `[q, k]` or `[N, q, k]` bool, or None for all.
+
+    Returns:
+        out: `[N, q, V]`, 0 for a query that sees nothing. lse: log-sum-exp, `[N, q]`, there -inf.
     """
     if not k.shape[1]:
         return q.new_zeros(*q.shape[:2], v.shape[-1]), q.new_full(q.shape[:2], -torch.inf)
@@ -219,10 +217,14 @@ def part_forward(
             *(_widen(x, width).unsqueeze(1) for x in (q, k, v)), scale=1.0
         )
         return out[:, 0, :, : v.shape[-1]], lse.reshape(q.shape[:2])
-    logits, _ = _logits(q, k, rules, mask)
-    lse = logits.logsumexp(-1)
-    weights = torch.exp(logits - lse.clamp_min(torch.finfo(q.dtype).min).unsqueeze(-1))
-    return weights @ v, lse
+    outs, lses = [], []
+    for rows in _runs(q.shape[1], k.shape[1]):
+        logits, _ = _logits(q[:, rows], k, rules, None if mask is None else mask[..., rows, :])
+        lse = logits.logsumexp(-1)
+        floor = torch.finfo(q.dtype).min
+        outs.append(torch.exp(logits - lse.clamp_min(floor).unsqueeze(-1)) @ v)
+        lses.append(lse)
+    return torch.cat(outs, 1), torch.cat(lses, 1)
 
 
 def part_backward(
@@ -235,26 +237,42 @@ def part_backward(
     rules: Rules,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one part given the output and log-sum-exp of the *whole* softmax.
+    """Gradients of one part for q, k and v, shaped as for `part_forward`.
 
-    All `[N, parts, tokens, dim]`.
+    `grad`, `out` `[N, q, V]` and `lse` `[N, q]` are those of the *whole* softmax.
     """
     if _uses_flash(q, rules, mask):
         width = max(q.shape[-1], v.shape[-1])
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(_widen(x, width) for x in (grad, q, k, v, out)), lse, 0.0, False, scale=1.0
+            *(_widen(x, width).unsqueeze(1) for x in (grad, q, k, v, out)),
+            lse.unsqueeze(1),
+            0.0,
+            False,
+            scale=1.0,
         )
-        return dq[..., : q.shape[-1]], dk[..., : k.shape[-1]], dv[..., : v.shape[-1]]
-    logits, slope = _logits(q, k, rules, mask)
-    weights = torch.exp(logits - lse.unsqueeze(-1))
-    d_logits = weights * (grad @ v.mT - (grad * out).sum(-1, keepdim=True))
-    d_capped = d_logits if slope is None else d_logits * slope
-    dq, dk = d_capped @ k, d_capped.mT @ q
-    if slope is not None and rules.gate_dims:
-        split = q.shape[-1] - rules.gate_dims
-        dq[..., split:] = d_logits @ k[..., split:]
-        dk[..., split:] = d_logits.mT @ q[..., split:]
-    return dq, dk, weights.mT @ grad
+        return dq[:, 0, :, : q.shape[-1]], dk[:, 0, :, : k.shape[-1]], dv[:, 0, :, : v.shape[-1]]
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    split = q.shape[-1] - rules.gate_dims
+    for rows in _runs(q.shape[1], k.shape[1]):
+        q_, grad_ = q[:, rows], grad[:, rows]
+        logits, slope = _logits(q_, k, rules, None if mask is None else mask[..., rows, :])
+        weights = torch.exp(logits - lse[:, rows, None])
+        delta = (grad_ * out[:, rows]).sum(-1, keepdim=True)
+        d_logits = weights * (grad_ @ v.mT - delta)
+        d_capped = d_logits if slope is None else d_logits * slope
+        dq[:, rows], dk_ = d_capped @ k, d_capped.mT @ q_
+        if slope is not None and rules.gate_dims:  # the cap leaves the gates alone
+            dq[:, rows, split:] = d_logits @ k[..., split:]
+            dk_[..., split:] = d_logits.mT @ q_[..., split:]
+        dk += dk_
+        dv += weights.mT @ grad_
+    return dq, dk, dv
+
+
+def _runs(queries: int, keys: int) -> list[slice]:
+    """Runs of queries whose logits are few enough to be written out together."""
+    size = max(1, WRITTEN_LOGITS // keys)
+    return [slice(first, min(first + size, queries)) for first in range(0, queries, size)]
 
 
 def merge_parts(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -272,67 +290,75 @@ def merge_parts(outs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]
 
 
 # --------------------------------------------------------------------------------------------------
-# Attention over levels, as one operator that torch.compile takes whole
+# Attention over the tree, as one operator that torch.compile takes whole
 
 
-def _grouped(x: Tensor, groups: int, tokens: int) -> Tensor:
-    """`[N, G, T, ...]` to `[N groups, m, G tokens, ...]`.
+class _Reach(NamedTuple):
+    """What of a pair of neighbouring runs sees each other, and through which mask."""
 
-    The blocks of each group, query heads side by side.
-    """
-    x = x.unflatten(2, (groups, -1, tokens))
-    x = x.movedim(1, 3)  # [N, groups, m, G, tokens, ...]
-    return x.flatten(3, 4).flatten(0, 1)
+    queries: int  # the first so many of the right run
+    first: int  # keys of the left run from here on
+    mask: Tensor | None  # `[G queries, keys]`
 
 
-def _ungrouped(x: Tensor, groups: int, heads: int) -> Tensor:
-    """Inverse of `_grouped`."""
-    x = x.unflatten(0, (-1, groups)).unflatten(3, (heads, -1))  # [N, groups, m, G, tokens, ...]
-    return x.movedim(3, 1).flatten(2, 4)
+def _reach(pairs: Pairs, block: int, heads: int, window: int, device: torch.device) -> _Reach:
+    left, right = pairs.left * block, pairs.right * block
+    if not window:
+        return _Reach(right, 0, None)
+    queries, first = min(right, window - 1), max(0, left - window + 1)
+    if left - first + queries - 1 < window:
+        return _Reach(queries, first, None)
+    row = torch.arange(left, left + queries, device=device).repeat(heads)
+    column = torch.arange(first, left, device=device)
+    return _Reach(queries, first, row[:, None] - column < window)
 
 
-def _window_mask(
-    rules: Rules, r: int, tokens: int, heads: int, device: torch.device
-) -> tuple[int, Tensor | None]:
-    """First key, of those in the r earlier blocks, that block r can see.
-
-    With it a mask `[G tokens, keys]`, or None where every query sees all keys from there on.
-    """
-    if not rules.window:
-        return 0, None
-    first = max(0, r * tokens - rules.window + 1)
-    if (r + 1) * tokens - 1 < rules.window:
-        return first, None
-    row = torch.arange(r * tokens, (r + 1) * tokens, device=device).repeat(heads)
-    column = torch.arange(first, r * tokens, device=device)
-    return first, row[:, None] - column < rules.window
+def _right(x: Tensor, pairs: Pairs, block: int, queries: int) -> Tensor:
+    """The first queries of every right run: `[N, G, T, ...]` to a view `[N, G, count, q, ...]`."""
+    span, start = (pairs.left + pairs.right) * block, pairs.left * block
+    run = x.narrow(2, pairs.first * block, pairs.number * span).unflatten(2, (pairs.number, span))
+    return run[:, :, :, start : start + queries]
 
 
-def _diagonal_mask(tokens: int, rules: Rules, device: torch.device) -> Tensor:
-    mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+def _left(x: Tensor, pairs: Pairs, block: int, first: int) -> Tensor:
+    """The last keys of every left run: `[N, T, V]` to a view `[N, count, k, V]`."""
+    span = (pairs.left + pairs.right) * block
+    run = x.narrow(1, pairs.first * block, pairs.number * span).unflatten(1, (pairs.number, span))
+    return run[:, :, first : pairs.left * block]
+
+
+def _join(x: Tensor) -> Tensor:
+    """`[N, G, count, q, ...]` to `[N count, G q, ...]`: heads that share keys, side by side."""
+    return x.movedim(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def _part(x: Tensor, rows: int, heads: int) -> Tensor:
+    """Inverse of `_join`."""
+    return x.unflatten(0, (rows, -1)).unflatten(2, (heads, -1)).movedim(2, 1)
+
+
+def _diagonal_mask(block: int, rules: Rules, device: torch.device) -> Tensor:
+    mask = torch.ones(block, block, dtype=torch.bool, device=device).tril()
     return mask.triu(1 - rules.window) if rules.window else mask
 
 
 @torch.library.custom_op("path_attn::levels_forward", mutates_args=())
 def levels_forward(
     logits: Tensor,
+    queries: Tensor,
+    keys: Tensor,
     v: Tensor,
-    qs: list[Tensor],
-    ks: list[Tensor],
-    ps: list[Tensor],
     softcap: float,
     window: int,
     gate_dims: int,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the blocks of every level.
+    """Softmax attention inside the blocks and over all levels of the tree.
 
     Args:
-        logits: Final logits inside the finest blocks, `[N, G, n, b, b]`.
+        logits: Final logits inside the blocks, `[N, G, n, b, b]`.
+        queries: Slots of the tree, `[N, G, rows, D]`; see `path_attn.tree`.
+        keys: Slots of the tree, `[N, rows, D]`.
         v: Values, `[N, T, V]`.
-        qs: Per level, finest first, `[N, G, n_l, b_l, D]`; level l + 1 joins equal runs of level
-            l's blocks.
-        ks: Per level, `[N, n_l, b_l, D]`.
-        ps: Per level, `[N, n_l, D, D]`.
         softcap: Cap of the logits, gates excluded; 0 for none.
         window: Visible keys per query; 0 for all.
         gate_dims: How many trailing dimensions of D hold gates (0 or 2).
@@ -341,37 +367,33 @@ def levels_forward(
         out: `[N, G, T, V]`. lse: log-sum-exp of the logits, `[N, G, T]`.
     """
     rules = Rules(softcap, window, gate_dims)
-    heads, block = logits.shape[1], logits.shape[-1]
-    logits = logits.masked_fill(~_diagonal_mask(block, rules, logits.device), -torch.inf)
+    rows, heads, blocks, block = logits.shape[:4]
+    logits = logits.masked_fill(~_diagonal_mask(block, rules, v.device), -torch.inf)
     lse = logits.logsumexp(-1)
     out = torch.exp(logits - lse.unsqueeze(-1)) @ v.unflatten(1, (-1, block)).unsqueeze(1)
-    outs, lses = [out.flatten(2, 3)], [lse.flatten(2, 3)]
-    for q, k, p, groups in zip(qs, ks, ps, _groups(ps), strict=True):
-        tokens = q.shape[3]
-        q = _grouped(q.flatten(2, 3), groups, tokens)  # [N groups, m, G tokens, D]
-        k, p, values = (
-            x.reshape(q.shape[0], -1, *x.shape[-2:]) for x in (k, p, v.unflatten(1, (-1, tokens)))
+    out, lse = out.flatten(2, 3), lse.flatten(2, 3)
+    for pairs in chain(*pairs_of(blocks)):
+        reach = _reach(pairs, block, heads, window, v.device)
+        if not reach.queries:
+            continue
+        part_out, part_lse = part_forward(
+            _join(slots(queries, pairs, block, pairs.right)[..., : reach.queries, :]),
+            slots(keys, pairs, block, pairs.left)[..., reach.first :, :].flatten(0, 1),
+            _left(v, pairs, block, reach.first).flatten(0, 1),
+            rules,
+            reach.mask,
         )
-        out = v.new_zeros(*q.shape[:3], v.shape[-1])
-        lse = v.new_full(q.shape[:3], -torch.inf)
-        folded, start = (
-            k[:, 0],
-            0,
-        )  # the keys of blocks < r at the end of block r - 1, from token `start` on
-        for r in range(1, q.shape[1]):
-            first, mask = _window_mask(rules, r, tokens, heads, q.device)
-            folded, start = folded[:, first - start :], first
-            visible = values.flatten(1, 2)[:, first : r * tokens]
-            out[:, r], lse[:, r] = part_forward(q[:, r], folded, visible, rules, mask)
-            if r + 1 < q.shape[1]:
-                folded = torch.cat([folded @ p[:, r].mT, k[:, r]], 1)
-        outs.append(_ungrouped(out, groups, heads))
-        lses.append(_ungrouped(lse.unsqueeze(-1), groups, heads).squeeze(-1))
-    return merge_parts(outs, lses)
+        part_out, part_lse = _part(part_out, rows, heads), _part(part_lse, rows, heads)
+        so_far, sum_so_far = (_right(x, pairs, block, reach.queries) for x in (out, lse))
+        total = torch.logaddexp(sum_so_far, part_lse)
+        so_far.mul_(torch.exp(sum_so_far - total).unsqueeze(-1))
+        so_far.addcmul_(part_out, torch.exp(part_lse - total).unsqueeze(-1))
+        sum_so_far.copy_(total)
+    return out, lse
 
 
 @levels_forward.register_fake
-def _(logits, v, qs, ks, ps, softcap, window, gate_dims):
+def _(logits, queries, keys, v, softcap, window, gate_dims):
     rows, heads = logits.shape[:2]
     return v.new_empty(rows, heads, v.shape[1], v.shape[2]), v.new_empty(rows, heads, v.shape[1])
 
@@ -380,120 +402,69 @@ def _(logits, v, qs, ks, ps, softcap, window, gate_dims):
 def levels_backward(
     grad: Tensor,
     logits: Tensor,
+    queries: Tensor,
+    keys: Tensor,
     v: Tensor,
-    qs: list[Tensor],
-    ks: list[Tensor],
-    ps: list[Tensor],
     out: Tensor,
     lse: Tensor,
     softcap: float,
     window: int,
     gate_dims: int,
-) -> list[Tensor]:
-    """Gradients of `levels_forward` for `[logits, v, *qs, *ks, *ps]`.
-
-    The state of a query block at every earlier block is walked again right to left, so nothing of
-    size T x T is kept; the gradient then walks left to right. P is never inverted: it is singular
-    where beta = 1.
-    """
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `levels_forward` for logits, queries, keys and v; the softmax is recomputed."""
     rules = Rules(softcap, window, gate_dims)
-    heads, block = logits.shape[1], logits.shape[-1]
+    rows, heads, blocks, block = logits.shape[:4]
     v_blocks, grad_blocks = v.unflatten(1, (-1, block)).unsqueeze(1), grad.unflatten(2, (-1, block))
     delta = (grad * out).sum(-1).unflatten(2, (-1, block))
-    mask = _diagonal_mask(block, rules, logits.device)
-    weights = torch.exp(
-        logits.masked_fill(~mask, -torch.inf) - lse.unflatten(2, (-1, block)).unsqueeze(-1)
-    )
+    hidden = ~_diagonal_mask(block, rules, v.device)
+    lse_blocks = lse.unflatten(2, (-1, block)).unsqueeze(-1)
+    weights = torch.exp(logits.masked_fill(hidden, -torch.inf) - lse_blocks)
     d_logits = weights * (grad_blocks @ v_blocks.mT - delta.unsqueeze(-1))
     dv = (weights.mT @ grad_blocks).sum(1).flatten(1, 2)
-    d_qs, d_ks, d_ps = [], [], []
-    for q, k, p, groups in zip(qs, ks, ps, _groups(ps), strict=True):
-        tokens, shapes = q.shape[3], (k.shape, p.shape)
-        q, grad_, out_ = (_grouped(x, groups, tokens) for x in (q.flatten(2, 3), grad, out))
-        lse_ = _grouped(lse.unsqueeze(-1), groups, tokens).squeeze(-1)
-        k, p, values = (
-            x.reshape(q.shape[0], -1, *x.shape[-2:]) for x in (k, p, v.unflatten(1, (-1, tokens)))
+    d_queries, d_keys = torch.zeros_like(queries), torch.zeros_like(keys)
+    for pairs in chain(*pairs_of(blocks)):
+        reach = _reach(pairs, block, heads, window, v.device)
+        if not reach.queries:
+            continue
+        dq, dk, dv_ = part_backward(
+            _join(_right(grad, pairs, block, reach.queries)),
+            _join(slots(queries, pairs, block, pairs.right)[..., : reach.queries, :]),
+            slots(keys, pairs, block, pairs.left)[..., reach.first :, :].flatten(0, 1),
+            _left(v, pairs, block, reach.first).flatten(0, 1),
+            _join(_right(out, pairs, block, reach.queries)),
+            _join(_right(lse, pairs, block, reach.queries)),
+            rules,
+            reach.mask,
         )
-        dq, dk, dp, d_values = (torch.zeros_like(x) for x in (q, k, p, values))
-        for r in range(1, q.shape[1]):
-            first, mask = _window_mask(rules, r, tokens, heads, q.device)
-            if first == r * tokens:
-                continue
-            oldest = first // tokens
-            states = [q[:, r]]  # the query block at the end of block r - 1, r - 2, ..., oldest
-            for j in range(r - 1, oldest, -1):
-                states.append(states[-1] @ p[:, j])
-            states = torch.stack(states[::-1], 1)  # [N groups, r - oldest, G tokens, D]
-            if mask is not None:  # one mask a part, `[parts, G tokens, tokens]`
-                mask = (
-                    F.pad(mask, (first - oldest * tokens, 0))
-                    .unflatten(1, (-1, tokens))
-                    .transpose(0, 1)
-                )
-            seen = slice(oldest, r)
-            whole = [
-                x[:, r, None].expand(-1, r - oldest, *x.shape[2:]) for x in (grad_, out_, lse_)
-            ]
-            d_states, dk_r, dv_r = part_backward(
-                whole[0], states, k[:, seen], values[:, seen], whole[1], whole[2], rules, mask
-            )
-            dk[:, seen] += dk_r
-            d_values[:, seen] += dv_r
-            arriving = d_states[:, 0]
-            for j in range(oldest + 1, r):  # crossing block j: states[j - 1] = states[j] @ p[j]
-                crossed = states[:, j - oldest]
-                dp[:, j].baddbmm_(crossed.mT, arriving)
-                arriving = torch.baddbmm(d_states[:, j - oldest], arriving, p[:, j].mT)
-            dq[:, r] = arriving
-        dv += d_values.reshape(dv.shape)
-        d_qs.append(_ungrouped(dq, groups, heads).unflatten(2, (-1, tokens)))
-        d_ks.append(dk.reshape(shapes[0]))
-        d_ps.append(dp.reshape(shapes[1]))
-    return [d_logits, dv, *d_qs, *d_ks, *d_ps]
+        slots(d_queries, pairs, block, pairs.right)[..., : reach.queries, :] = _part(
+            dq, rows, heads
+        )
+        slots(d_keys, pairs, block, pairs.left)[..., reach.first :, :] = dk.unflatten(0, (rows, -1))
+        _left(dv, pairs, block, reach.first).add_(dv_.unflatten(0, (rows, -1)))
+    return d_logits, d_queries, d_keys, dv
 
 
 @levels_backward.register_fake
-def _(grad, logits, v, qs, ks, ps, out, lse, softcap, window, gate_dims):
-    return [
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (logits, v, *qs, *ks, *ps)
-    ]
+def _(grad, logits, queries, keys, v, out, lse, softcap, window, gate_dims):
+    def like(x):
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-
-def _groups(ps: list[Tensor]) -> list[int]:
-    """How many groups of blocks each level has.
-
-    The number of blocks of the level above, 1 at the top.
-    """
-    return [*(p.shape[1] for p in ps[1:]), 1]
+    return like(logits), like(queries), like(keys), like(v)
 
 
 def _save(ctx, inputs, output):
-    logits, v, qs, ks, ps, *ctx.rules = inputs
-    ctx.levels = len(qs)
-    ctx.save_for_backward(logits, v, *qs, *ks, *ps, *output)
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.rules = inputs[4:]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
-    n = ctx.levels
     if grad is None:
-        return None, None, [None] * n, [None] * n, [None] * n, None, None, None
-    logits, v, *levels, out, lse = ctx.saved_tensors
-    qs, ks, ps = levels[:n], levels[n : 2 * n], levels[2 * n :]
+        return (None,) * 7
     with torch.autocast(grad.device.type, enabled=False):
-        grads = levels_backward(grad.contiguous(), logits, v, qs, ks, ps, out, lse, *ctx.rules)
-    return (
-        grads[0],
-        grads[1],
-        grads[2 : 2 + n],
-        grads[2 + n : 2 + 2 * n],
-        grads[2 + 2 * n :],
-        None,
-        None,
-        None,
-    )
+        grads = levels_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.rules)
+    return *grads, None, None, None
 
 
 levels_forward.register_autograd(_backward, setup_context=_save)
@@ -504,17 +475,18 @@ levels_forward.register_autograd(_backward, setup_context=_save)
 
 
 class Prepared(NamedTuple):
-    """A sequence cut into levels, with what a caller needs to go on from its end.
+    """A sequence cut into blocks.
 
     Attributes:
-        logits: Final logits inside the finest blocks, `[N, G, n, b, b]`.
+        logits: Inside the blocks, soft cap applied, gates not added, `[N, G, n, b, b]`; entries
+            above the diagonal have no meaning.
         v: Values padded to whole blocks, `[N, T', V]`.
-        levels: Finest first.
+        level: The blocks.
     """
 
     logits: Tensor
     v: Tensor
-    levels: list[Level]
+    level: Level
 
 
 def cut(
@@ -523,66 +495,59 @@ def cut(
     v: Tensor,
     w: Tensor | None,
     beta: Tensor | None,
-    g: Tensor | None,
     *,
     softcap: float = 0.0,
     block: int = 64,
-    super_blocks: bool = True,
 ) -> Prepared:
-    """Pad to whole blocks and prepare every level.
+    """Pad to whole blocks and absorb the reflections inside them.
 
     Args:
-        q: Scaled queries, `[N, G, T, K]`; G must be 1 with gates.
+        q: Scaled queries, `[N, G, T, K]`.
         k: Keys, `[N, T, K]`.
         v: Values, `[N, T, V]`.
         w: Directions, `[N, T, R, K]`, or None for plain attention.
         beta: Strengths, `[N, T, R]`, or None with `w`.
-        g: Log gates, `[N, T]`, or None.
         softcap: Cap of the logits inside blocks; 0 for none.
         block: Tokens per block.
-        super_blocks: Whether to join blocks to a second level where there are many.
     """
-    length = q.shape[2]
-    block = min(block, length)
-    super_blocks = super_blocks and length > block * FAN_OUT
-    whole = block * FAN_OUT if super_blocks else block
-    extra = -length % whole
+    block = min(block, q.shape[2])
+    extra = -q.shape[2] % block
     if extra:
         q, k, v = (F.pad(x, (0, 0, 0, extra)) for x in (q, k, v))
         w = None if w is None else F.pad(w, (0, 0, 0, 0, 0, extra))
         beta = None if beta is None else F.pad(beta, (0, 0, 0, extra))
-        g = None if g is None else F.pad(g, (0, extra))
     if w is None or beta is None:
         logits, level = prepare_without_reflections(q, k, block)
     else:
         logits, level = prepare(q, k, w, beta, block)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    if g is not None:
-        gates = g.unflatten(1, (-1, block)).cumsum(-1)
-        logits = logits + (gates[..., :, None] - gates[..., None, :]).unsqueeze(1)
-        level = add_gates(level, gates)
-    levels = [level]
-    if super_blocks:
-        levels.append(compose(level, FAN_OUT))
-    return Prepared(logits, v, levels)
+    return Prepared(logits, v, level)
 
 
 def attend(
-    prepared: Prepared, *, softcap: float = 0.0, window: int = 0, gated: bool = False
+    prepared: Prepared, gates: Tensor | None = None, *, softcap: float = 0.0, window: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Attention over a prepared sequence.
 
-    Out `[N, G, T', V]` and log-sum-exp `[N, G, T']`, T' padded.
+    Args:
+        prepared: G must be 1 with gates.
+        gates: Log gates, `[N, 1, T]`, or None.
+        softcap: As given to `cut`.
+        window: Visible keys per query; 0 for all.
+
+    Returns:
+        out: `[N, G, T', V]`. lse: log-sum-exp of the logits, `[N, G, T']`, without gradient.
     """
-    levels = prepared.levels
-    return levels_forward(
-        prepared.logits,
-        prepared.v,
-        [level.q for level in levels],
-        [level.k for level in levels],
-        [level.p for level in levels],
-        softcap,
-        window,
-        GATE_DIMS if gated else 0,
-    )
+    logits, level = prepared.logits, prepared.level
+    queries, keys = tree_forward(level.q, level.k, level.p, level.q.dtype)
+    if gates is not None:
+        block = level.k.shape[2]
+        gates = F.pad(gates, (0, prepared.v.shape[1] - gates.shape[-1]))
+        before, after, inside = tree_gates(gates, block)
+        logits = logits + (inside[..., :, None] - inside[..., None, :])
+        one = torch.ones_like(before)
+        queries = torch.cat([queries, torch.stack([before, one], -1)], -1)
+        keys = torch.cat([keys, torch.stack([one, after], -1)[:, 0]], -1)
+    gate_dims = 0 if gates is None else GATE_DIMS
+    return levels_forward(logits, queries, keys, prepared.v, softcap, window, gate_dims)

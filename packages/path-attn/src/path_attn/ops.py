@@ -290,31 +290,22 @@ class _Runner(NamedTuple):
                 window=self.window or None,
                 softcap=self.softcap or None,
             )
-        out, _, _ = self._levels(x)
+        out, _, _ = self._blocks(x)
         return _from_rows(out, x.q)
 
-    def _levels(self, x: _Tokens) -> tuple[Tensor, Tensor, list[blockwise.Level]]:
-        """Output and log-sum-exp as `[N, G, T, ...]` rows, and the levels."""
+    def _blocks(self, x: _Tokens) -> tuple[Tensor, Tensor, blockwise.Level]:
+        """Output and log-sum-exp as `[N, G, T, ...]` rows, and the blocks."""
         length = x.q.shape[1]
         q, k, v, w, beta, g = _to_rows(x, share_heads=x.g is None or self.backend == "triton")
+        prepared = blockwise.cut(q, k, v, w, beta, softcap=self.softcap, block=self.block)
+        rules = {"softcap": self.softcap, "window": self.window}
         if self.backend == "triton":
             from path_attn.kernels.attention import attend_triton
 
-            prepared = blockwise.cut(
-                q, k, v, w, beta, None,
-                softcap=self.softcap, block=self.block, super_blocks=False,
-            )  # fmt: skip
-            out, lse = attend_triton(
-                prepared, g, softcap=self.softcap, window=self.window, compute_dtype=self.dtype
-            )
+            out, lse = attend_triton(prepared, g, compute_dtype=self.dtype, **rules)
         else:
-            prepared = blockwise.cut(
-                q, k, v, w, beta, g, softcap=self.softcap, block=self.block
-            )  # fmt: skip
-            out, lse = blockwise.attend(
-                prepared, softcap=self.softcap, window=self.window, gated=g is not None
-            )
-        return out[:, :, :length], lse[:, :, :length], prepared.levels
+            out, lse = blockwise.attend(prepared, g, **rules)
+        return out[:, :, :length], lse[:, :, :length], prepared.level
 
     def masked(self, x: _Tokens, mask: Tensor) -> Tensor:
         """Leaving out a masked token changes nothing for the others.
@@ -442,17 +433,11 @@ class _Runner(NamedTuple):
         if mask is not None:
             order = torch.argsort(~mask, dim=1, stable=True)
             x = x.each(lambda t: _take(t, order))
-        length, dim = x.q.shape[1], x.q.shape[3]
-        out, lse, levels = self._levels(x)
-        blocks = levels[-1].k.shape[1]
-        start = blockwise.compose(levels[-1], blocks).q[
-            :, :, 0, :length, :dim
-        ]  # at the start of the new tokens
+        out, lse, level = self._blocks(x)
+        start = blockwise.move_to_start(level.q, level.p)[:, :, : out.shape[2]]
         heads = (x.q.shape[0], -1)
-        start, new_out = (
-            y.unflatten(0, heads).flatten(1, 2) for y in (start, out)
-        )  # [B, HQ, T, ...]
-        new_lse = lse.unflatten(0, heads).flatten(1, 2)
+        start, new_out = (y.unflatten(0, heads).flatten(1, 2) for y in (start, out))
+        new_lse = lse.unflatten(0, heads).flatten(1, 2)  # [B, HQ, T]
         past_out, past_lse = self._past(start, x.g, cache)
         out, _ = blockwise.merge_parts([new_out, past_out], [new_lse, past_lse])
         out = out.transpose(1, 2)
@@ -562,21 +547,21 @@ def _to_rows(x: _Tokens, *, share_heads: bool) -> _Tokens:
     """Rows of `blockwise.cut`: one per key head, or per query head where the gates differ.
 
     Returns:
-        q `[N, G, T, K]`; k, v, w, beta `[N, T, ...]`; g `[N, G, T]` if heads are shared, else
-        `[N, T]` with G = 1.
+        q `[N, G, T, K]`; k, v, w, beta `[N, T, ...]`; g `[N, G, T]`. Without sharing G is 1.
     """
     group = x.q.shape[2] // x.k.shape[2]
     shared = group if share_heads else 1
 
     def of_key(t: Tensor) -> Tensor:
-        return t.repeat_interleave(group // shared, 2).transpose(1, 2).flatten(0, 1)
+        repeated = t if group == shared else t.repeat_interleave(group, 2)
+        return repeated.transpose(1, 2).flatten(0, 1)
 
     def of_query(t: Tensor) -> Tensor:
         return t.transpose(1, 2).unflatten(1, (-1, shared)).flatten(0, 1)
 
-    keyed = x.each(of_key)
+    w, beta = (None if t is None else of_key(t) for t in (x.w, x.beta))
     g = None if x.g is None else of_query(x.g)
-    return keyed._replace(q=of_query(x.q), g=g if g is None or share_heads else g[:, 0])
+    return _Tokens(of_query(x.q), of_key(x.k), of_key(x.v), w, beta, g)
 
 
 def _from_rows(out: Tensor, q: Tensor) -> Tensor:

@@ -190,7 +190,7 @@ def test_padding_rows_of_cut_reach_no_result():
     from path_attn.kernels.attention import attend_triton
 
     q = torch.randn(1, 2, 700, 64, device="cuda")
-    prepared = cut(q / 8, q[:, 0], q[:, 1], None, None, None)
+    prepared = cut(q / 8, q[:, 0], q[:, 1], None, None)
     out, lse = attend_triton(prepared, compute_dtype=torch.bfloat16)
     want = torch.nn.functional.scaled_dot_product_attention(
         q / 8, q[:, :1], q[:, 1:], is_causal=True, scale=1.0

@@ -1,6 +1,6 @@
 """PaTH attention on a GPU: `attend_triton`, the Triton counterpart of `path_attn.blockwise.attend`.
 
-`blockwise.cut` absorbs the reflections inside blocks of 64 tokens, `path_attn.kernels.tree` moves
+`blockwise.cut` absorbs the reflections inside blocks of 64 tokens, `path_attn.tree` moves
 queries and keys up a binary tree over the blocks, and the kernels then are those of ordinary flash
 attention: for a query block, level after level, the keys of one contiguous run, a plain dot product
 each. There is no product of Householder matrices in any inner loop, no walk to repeat in the
@@ -32,7 +32,7 @@ from path_attn.blockwise import Prepared
 from path_attn.kernels.backward import tree_attention_bwd_kernel_dkv, tree_attention_bwd_kernel_dq
 from path_attn.kernels.forward import tree_attention_fwd_kernel
 from path_attn.kernels.tiles import launch
-from path_attn.kernels.tree import levels_of, tree_forward, tree_gates
+from path_attn.tree import levels_of, tree_forward, tree_gates
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,11 +49,11 @@ def attend_triton(
 ) -> tuple[Tensor, Tensor]:
     """Attention over a sequence prepared by `blockwise.cut(..., g=None)`; differentiable.
 
-    torch.compile takes it without a graph break. Only the finest level of `prepared` is used.
+    torch.compile takes it without a graph break.
 
     Args:
-        prepared: `logits [N, G, n, b, b]`, `v [N, T', V]` and levels, on a CUDA device (any under
-            the interpreter).
+        prepared: `logits [N, G, n, b, b]`, `v [N, T', V]` and the blocks, on a CUDA device (on any
+            under the interpreter).
         gates: Log gates of every query head, already scaled, `[N, G, T']` or shorter (padded with
             0), or None.
         softcap: Cap of the logits, gates excluded, as given to `cut`; 0 for none.
@@ -72,7 +72,7 @@ def attend_triton(
         raise ValueError(
             f"the Triton kernels compute in {', '.join(map(str, DTYPES))}, not in {dtype}"
         )
-    level, logits, v = prepared.levels[0], prepared.logits.float(), prepared.v.to(dtype)
+    level, logits, v = prepared.level, prepared.logits.float(), prepared.v.to(dtype)
     queries, keys = tree_forward(level.q, level.k, level.p.float(), dtype)
     gate_q = gate_k = None
     if gates is not None:

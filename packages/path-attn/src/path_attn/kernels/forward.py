@@ -1,4 +1,4 @@
-"""Forward kernel: softmax attention over the tree of `path_attn.kernels.tree`.
+"""Forward kernel: softmax attention over the tree of `path_attn.tree`.
 
 Not yet measured on a GPU.
 """

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from path_attn.kernels.tree import levels_of, slot_blocks, tree_forward, tree_gates
+from path_attn.tree import levels_of, slot_blocks, tree_forward, tree_gates
 
 SIZES = [1, 2, 3, 5, 8, 13, 16]
 

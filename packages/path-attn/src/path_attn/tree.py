@@ -83,8 +83,8 @@ def _members(x: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
     )
 
 
-def _slots(x: Tensor, pairs: Pairs, block: int, used: int) -> Tensor:
-    """First `used` blocks of every slot of `x [..., rows, K]`, `[..., count, tokens, K]`."""
+def slots(x: Tensor, pairs: Pairs, block: int, used: int) -> Tensor:
+    """First `used` blocks of every slot: `x [..., rows, K]` to a view `[..., count, tokens, K]`."""
     rows = x.narrow(-2, pairs.slot * block, pairs.number * pairs.left * block)
     return rows.unflatten(-2, (pairs.number, pairs.left * block))[..., : used * block, :]
 
@@ -130,10 +130,10 @@ def tree_forward(q: Tensor, k: Tensor, p: Tensor, dtype: torch.dtype) -> tuple[T
         moves_on = level + 1 < levels_of(blocks)
         for pairs in all_pairs:
             late, early = _members(q, pairs)[1], _members(k, pairs)[0]
-            _slots(queries, pairs, block, pairs.right).copy_(late)
-            _slots(keys, pairs, block, pairs.left).copy_(early)
+            slots(queries, pairs, block, pairs.right).copy_(late)
+            slots(keys, pairs, block, pairs.left).copy_(early)
             if pairs.right < pairs.left:  # no query has these rows
-                _slots(queries, pairs, block, pairs.left)[..., pairs.right * block :, :].zero_()
+                slots(queries, pairs, block, pairs.left)[..., pairs.right * block :, :].zero_()
             if moves_on:
                 late.copy_(late @ _across(products, level, pairs, False, dtype).unsqueeze(1))
                 if pairs.right == pairs.left:  # nothing lies to the right of a ragged end
@@ -172,20 +172,20 @@ def tree_backward(
             first = pairs.first // pairs.left
             if moves_on:
                 arriving = late.to(dtype)
-                moved = _slots(queries, pairs, block, pairs.right)
+                moved = slots(queries, pairs, block, pairs.right)
                 d_products[level][:, first : first + 2 * pairs.number : 2] += (
                     moved.mT @ arriving
                 ).sum(1)
                 late.copy_(arriving @ _across(products, level, pairs, False, dtype).mT.unsqueeze(1))
                 if pairs.right == pairs.left:
                     arriving = early.to(dtype)
-                    moved = _slots(keys, pairs, block, pairs.left)
+                    moved = slots(keys, pairs, block, pairs.left)
                     d_products[level][:, first + 1 : first + 1 + 2 * pairs.number : 2] += (
                         arriving.mT @ moved
                     )
                     early.copy_(arriving @ _across(products, level, pairs, True, dtype))
-            late += _slots(d_queries, pairs, block, pairs.right)
-            early += _slots(d_keys, pairs, block, pairs.left)
+            late += slots(d_queries, pairs, block, pairs.right)
+            early += slots(d_keys, pairs, block, pairs.left)
     return dq, dk, d_products[0]
 
 
