@@ -13,7 +13,7 @@ from tenfold_common.results import Result, load_bench, update_between_markers
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-README = HERE.parent / "README.md"
+READMES = {HERE.parent / "README.md": "benchmarks/", HERE / "README.md": ""}
 OURS, GLOBAL, SDPA, FLA = "path-attn", "path-attn global form", "SDPA with RoPE", "fla naive"
 GATED = "path-attn (gates)"
 NAMES = {"path": "PaTH", "path_fox": "PaTH-FoX", "fox": "FoX", "rope": "RoPE", "nope": "NoPE"}
@@ -103,11 +103,16 @@ def demo_table(path: Path) -> str:
 def text_table(path: Path) -> str:
     """Loss by length of the main job on the plays."""
     data = json.loads(path.read_text(encoding="utf-8"))
-    rows = [
-        [NAMES[name], *(f"{loss:.3f}" for loss in losses)] for name, losses in data["loss"].items()
-    ]
-    columns = ["encoding", *(f"{length} tokens" for length in data["lengths"])]
-    return table(columns, rows)
+    rows = []
+    for name, report in data["results"].items():
+        losses = [f"{row['loss']:.3f}" for row in report["rows"]]
+        last = report["rows"][-1]["positions"][-1]
+        rows.append(
+            [NAMES[name], *losses, f"{last['loss']:.3f}", str(report["training"]["parameters"])]
+        )
+    lengths = [f"{row['length']} tokens" for row in report["rows"]]
+    last = f"tokens {last['start']} to {last['end']}"
+    return table(["encoding", *lengths, last, "parameters"], rows)
 
 
 def _cell(value: object) -> str:
@@ -123,19 +128,27 @@ TABLES = {
 }
 
 
+def text_of(kind: str, folder: str) -> str:
+    """What stands between the markers of a kind; `folder` leads from the file to benchmarks/."""
+    path = newest(kind)
+    if path is None:
+        raise UserError(f"results/ has no {kind}_<hardware>_<yyyymmdd>.json")
+    line = f"[{path.name}]({folder}results/{path.name})"
+    if kind in ("attention", "memory", "decode"):
+        line = source(path, folder)
+    return f"{TABLES[kind](path)}\n\n{line}"
+
+
 def main(argv: list[str]) -> int:
     """Rewrite both files."""
     if argv:
         raise UserError(f"report.py takes no arguments, got {' '.join(argv)}")
-    for kind, make in TABLES.items():
-        path = newest(kind)
-        if path is None:
-            raise UserError(f"results/ has no {kind}_<hardware>_<yyyymmdd>.json")
-        for readme, folder in ((README, "benchmarks/"), (HERE / "README.md", "")):
-            link = f"[{path.name}]({folder}results/{path.name})"
-            line = source(path, folder) if kind in ("attention", "memory", "decode") else link
-            changed = update_between_markers(readme, kind, f"{make(path)}\n\n{line}")
-            print(f"{readme.name}: {kind} {'updated' if changed else 'unchanged'}")
+    for kind in TABLES:
+        for readme, folder in READMES.items():
+            changed = update_between_markers(readme, kind, text_of(kind, folder))
+            print(
+                f"{readme.relative_to(HERE.parent)}: {kind} {'updated' if changed else 'as it was'}"
+            )
     return 0
 
 

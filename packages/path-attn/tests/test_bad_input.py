@@ -135,9 +135,51 @@ def test_the_other_entry_points_refuse_the_same(case):
 
 
 def test_heads_first_tensors_get_a_hint():
-    given = {n: x.transpose(1, 2) for n, x in make(HQ=4, H=4).items()}
-    given["k"], given["v"] = given["k"][:, :, :3], given["v"][:, :, :3]
+    given = {n: x.transpose(1, 2) for n, x in make(HQ=4, H=2).items()}
     assert "[B, H, T, K]" in refused(given, "This library uses [B, T, H, K]")
+
+
+def test_heads_that_do_not_divide_get_no_hint_about_axes():
+    given = make(HQ=8, H=8)
+    given["k"] = given["k"][:, :, :3]
+    assert "Did you pass" not in refused(given, "q has 8 heads but k has 3")
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "w", "beta", "g", "attention_mask", "cu_seqlens"])
+def test_what_is_not_a_tensor_is_refused(name):
+    given = make(B=1)
+    options = {} if name in given else {name: [0, 5]}
+    if name in given:
+        given[name] = given[name].tolist()
+    refused(given, f"{name} must be a torch.Tensor, got list", **options)
+
+
+@pytest.mark.parametrize("option", ["window", "block_size"])
+def test_true_is_not_a_number(option):
+    refused(make(), option, "True", **{option: True})
+
+
+def test_a_cache_that_is_none_of_ours_is_refused():
+    refused(make(), "cache must be a PaTHKVCache, got dict", cache={})
+
+
+def test_another_scale_on_a_filled_cache_is_refused():
+    cache = PaTHKVCache()
+    with torch.no_grad():
+        path_attention(**make(), cache=cache, scale=0.5)
+        refused(make(), "its scale is 0.5", "have None", cache=cache)
+
+
+def test_rows_that_the_cache_has_not():
+    cache = PaTHKVCache()
+    path_attention(**make(), cache=cache)
+    for wrong in ([0], torch.tensor([0.0]), torch.tensor([0, 9]), torch.tensor([-1])):
+        with pytest.raises(UserError, match="reorder"):
+            cache.reorder(wrong)
+    with pytest.raises(UserError, match="repeat"):
+        cache.repeat(0)
+    with pytest.raises(UserError, match="crop"):
+        cache.crop(2.5)
 
 
 OPTIONS = {

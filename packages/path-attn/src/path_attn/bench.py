@@ -320,7 +320,11 @@ def bench_decode(lengths: tuple[int, ...], repeats: int) -> tuple[dict, list[dic
 
 
 def _tokens(walker: "Lazy | Plain", count: int) -> Callable[[], object]:
-    return lambda: [walker.step() for _ in range(count)]
+    def decode() -> object:
+        with torch.inference_mode():
+            return [walker.step() for _ in range(count)]
+
+    return decode
 
 
 class Lazy:
@@ -338,6 +342,7 @@ class Lazy:
         """Decode one token."""
         return path_attention_decode(*self.token, cache=self.cache)
 
+    @torch.inference_mode()
     def reset(self) -> None:
         """Go back to the prompt."""
         self.cache = PaTHKVCache()

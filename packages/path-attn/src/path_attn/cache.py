@@ -316,7 +316,7 @@ class PaTHKVCache:
             UserError: `length` is negative, more than are held, or lies before the fold point
                 while `history` is off. H is singular at beta = 1, so a fold cannot be undone.
         """
-        if not 0 <= length <= self.length:
+        if type(length) is not int or not 0 <= length <= self.length:
             raise UserError(f"cannot crop {self.length} tokens to {length}")
         if length == self.length:
             return
@@ -359,10 +359,16 @@ class PaTHKVCache:
 
         `index` is `[B']` int64, rows may repeat or be left out.
         """
+        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64:
+            raise UserError(f"reorder needs row numbers, a tensor [B'] of int64, got {index!r}")
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.batch:
+            raise UserError(f"reorder to rows {index.tolist()}, but the cache has {self.batch}")
         self._each(lambda x, _: x.index_select(0, index.to(x.device)))
 
     def repeat(self, times: int) -> None:
         """Repeat every row `times` times, neighbours together."""
+        if type(times) is not int or times < 1:
+            raise UserError(f"repeat needs a whole number of times, at least 1, got {times}")
         self._each(lambda x, _: x.repeat_interleave(times, 0))
 
     def _each(self, change: Callable[[Tensor, int], Tensor], only: tuple[str, ...] = ()) -> None:

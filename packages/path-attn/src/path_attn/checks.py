@@ -68,6 +68,9 @@ def check_shapes(
     q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, beta: Tensor | None, g: Tensor | None
 ) -> None:
     """Check dimensions, dtypes and devices; w and beta with their reflection axis."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("w", w), ("beta", beta), ("g", g)):
+        if not isinstance(x, Tensor) and (x is not None or name in "qkv"):
+            raise UserError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise UserError(
@@ -93,13 +96,8 @@ def check_shapes(
             f"at least 1"
         )
     if q_heads % heads:
-        hint = (
-            " Did you pass [B, H, T, K]? This library uses [B, T, H, K]."
-            if q.shape[1] == k.shape[1]
-            else ""
-        )
         raise UserError(
-            f"q has {q_heads} heads but k has {heads}; q heads must be a multiple of k heads.{hint}"
+            f"q has {q_heads} heads but k has {heads}; q heads must be a multiple of k heads"
         )
     expected: dict[str, tuple[Tensor | None, tuple[int, ...], str]] = {
         "k": (k, (batch, length, heads, dim), "[B, T, H, K]"),
@@ -120,7 +118,11 @@ def check_shapes(
         if x is None:
             continue
         if tuple(x.shape) != shape:
-            raise UserError(f"{name} has shape {tuple(x.shape)} but {shape} is needed: {form}")
+            swapped = x.dim() >= 3 and x.shape[1] != length and x.shape[2] == q_heads
+            hint = ". Did you pass [B, H, T, K]? This library uses [B, T, H, K]" if swapped else ""
+            raise UserError(
+                f"{name} has shape {tuple(x.shape)} but {shape} is needed: {form}{hint}"
+            )
         if x.device != q.device:
             raise UserError(f"{name} is on {x.device} but q is on {q.device}")
         if x.dtype not in DTYPES:
@@ -150,15 +152,15 @@ def check_options(
             f"backend is {backend!r}; accepted are {', '.join(BACKENDS)}."
             f"{suggest(backend, BACKENDS)}"
         )
-    if scale is not None and not 0 < scale < float("inf"):
+    if scale is not None and not (isinstance(scale, int | float) and 0 < scale < float("inf")):
         raise UserError(f"scale must be a positive number, got {scale}")
-    if window is not None and (not isinstance(window, int) or window < 1):
+    if window is not None and (type(window) is not int or window < 1):
         raise UserError(
             f"window must be a whole number of tokens, at least 1 (the token itself), got {window}"
         )
     if softcap is not None and not 0 < softcap < float("inf"):
         raise UserError(f"softcap must be a positive number, got {softcap}; use None for no cap")
-    if not isinstance(block_size, int) or not 1 <= block_size <= 256:
+    if type(block_size) is not int or not 1 <= block_size <= 256:
         raise UserError(f"block_size must be a whole number between 1 and 256, got {block_size}")
     if max_beta is not None and not 0 <= max_beta <= 2:
         raise UserError(f"max_beta must lie in [0, 2], got {max_beta}")
@@ -233,6 +235,8 @@ def check_cu_seqlens(
     return_cache: bool,
 ) -> None:
     """Check packed boundaries."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise UserError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
     if mask is not None or cache is not None or return_cache:
         raise UserError(
             "cu_seqlens cannot be combined with attention_mask or a cache; pad the batch instead"
@@ -261,6 +265,8 @@ def check_cu_seqlens(
 
 def check_mask(mask: Tensor, q: Tensor) -> Tensor:
     """Check a padding mask and return it as bool."""
+    if not isinstance(mask, Tensor):
+        raise UserError(f"attention_mask must be a torch.Tensor, got {type(mask).__name__}")
     if mask.dim() != 2 or mask.shape != q.shape[:2]:
         raise UserError(
             f"attention_mask must be [B, T] = {tuple(q.shape[:2])} with 1 for real tokens, got "
@@ -289,8 +295,11 @@ def check_cache(
     g: Tensor | None,
     backend: str,
     gate_scale: str,
+    scale: float | None,
 ) -> None:
     """Check that inputs continue what the cache holds; an empty cache takes their form."""
+    if not isinstance(cache, PaTHKVCache):
+        raise UserError(f"cache must be a PaTHKVCache, got {type(cache).__name__}")
     if backend == "reference":
         raise UserError("backend 'reference' has no cache; use 'torch'")
     form = {
@@ -304,6 +313,7 @@ def check_cache(
         "reflections": 0 if w is None else w.shape[3],
         "gates": g is not None,
         "gate_scale": gate_scale if g is not None else None,
+        "scale": scale,
     }
     if cache.length == 0:
         cache.form = form

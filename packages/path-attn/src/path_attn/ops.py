@@ -4,6 +4,7 @@ It checks its inputs, chooses a back-end, handles padding, packing and the cache
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -121,7 +122,7 @@ def path_attention(
     chosen = choose_backend(backend, q, v)
 
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    with torch.autocast(q.device.type, enabled=False):
+    with _without_autocast(q.device.type):
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         tokens = _Tokens(
             q.to(dtype) * factor,
@@ -133,7 +134,7 @@ def path_attention(
         )
         run = _Runner(chosen, block_size, window or 0, softcap or 0.0, q.dtype)
         if cache is not None:
-            check_cache(cache, q, k, v, w, beta, g, chosen, gate_scale)
+            check_cache(cache, q, k, v, w, beta, g, chosen, gate_scale, scale)
             out = run.cached(tokens, attention_mask, cache, k.dtype)
         elif cu_seqlens is not None:
             out = run.packed(tokens, cu_seqlens.tolist())
@@ -239,6 +240,14 @@ def parallel_path_attn(
 
 # --------------------------------------------------------------------------------------------------
 # Running it
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device)
+        else nullcontext()
+    )
 
 
 class _Tokens(NamedTuple):
@@ -518,7 +527,7 @@ def _walk(
     cache.reserve(count)
     moved, recent = [], []
     for t in range(count):
-        token = x.each(lambda y, t=t: y[:, t : t + 1])
+        token = x if count == 1 else x.each(lambda y, t=t: y[:, t : t + 1])
         valid = None if mask is None else mask[:, t : t + 1]
         cache.advance(token.k.to(dtype), token.v.to(dtype), token.w, token.beta, token.g, valid)
         q = token.q[:, 0].unflatten(1, groups)  # [B, H, G, K]
