@@ -14,7 +14,7 @@ from path_attn import (
     path_attention_decode,
 )
 from path_attn.cache import FOLD
-from path_attn.ops import PAST_QUERIES, _scores
+from path_attn.decoding import PAST_QUERIES, _scores
 from tenfold_common import UserError
 from tenfold_common.testing import assert_matches_reference
 
