@@ -183,6 +183,38 @@ class TestVerbs:
         assert (
             json.loads((tmp_path / "o" / "comparison.json").read_text())["config"]["group"] == "s3"
         )
+        shutil.rmtree(tmp_path / "o" / "fox")  # as if killed before the second
+        (tmp_path / "o" / "comparison.json").unlink()
+        before = (tmp_path / "o" / "path" / "final" / "COMPLETE").stat().st_mtime_ns
+        assert main(["-q", "train", "--resume", "--output_dir", str(tmp_path / "o")]) == 0
+        assert (tmp_path / "o" / "path" / "final" / "COMPLETE").stat().st_mtime_ns == before
+        comparison = json.loads((tmp_path / "o" / "comparison.json").read_text())
+        assert list(comparison["results"]) == ["path", "fox"]
+        capsys.readouterr()
+        line = refused(capsys, "-q", "eval", tmp_path / "o")
+        assert f"several models; give one of {tmp_path}/o/fox, {tmp_path}/o/path." in line
+
+    def test_flags_win_over_the_config_file(self, tmp_path):
+        (tmp_path / "c.json").write_text(
+            json.dumps({"task": "a5", "group": "a4", "seed": 3, "max_steps": 7, "length": 4})
+        )
+        command = ["-q", "train", f"--config={tmp_path / 'c.json'}", "--output_dir"]
+        small = [a for a in SMALL if not a.startswith("--length")]
+        assert main([*command, str(tmp_path / "o"), *small, "--group=s3"]) == 0
+        stored = json.loads((tmp_path / "o" / "train_config.json").read_text())
+        assert (stored["group"], stored["max_steps"]) == ("s3", 4)  # both given twice
+        assert (stored["seed"], stored["length"]) == (3, 4)  # in the file alone
+
+    def test_flags_win_over_what_a_resumed_run_stored(self, text_run, tmp_path, capsys):
+        copy = shutil.copytree(text_run, tmp_path / "copy")
+        command = ["-q", "train", "--resume", f"--output_dir={copy}"]
+        assert main([*command, "--save_total_limit=5"]) == 0
+        assert json.loads((copy / "train_config.json").read_text())["save_total_limit"] == 5
+        capsys.readouterr()
+        assert "was started with seed 0, not 1" in refused(capsys, *command, "--seed=1")
+        (tmp_path / "c.json").write_text('{"max_steps": 9}')
+        line = refused(capsys, *command, f"--config={tmp_path / 'c.json'}")
+        assert "was started with max_steps 4, not 9" in line
 
     def test_resume_needs_no_other_option(self, text_run, tmp_path, capsys):
         copy = shutil.copytree(text_run, tmp_path / "copy")
@@ -313,7 +345,12 @@ class TestRefused:
             (["generate", "nothing"], "--prompt"),
             (["generate", "x", "--prompt=a", "--max_new_tokens=0"], "max_new_tokens is 0"),
             (["generate", "x", "--prompt=a", "--temperature=-1"], "temperature is -1.0"),
+            (["generate", "x", "--prompt=a", "--temperature=1e-45"], "temperature is 1e-45; it"),
+            (["generate", "x", "--prompt=a", "--temperature=nan"], "nan; it must be 0 (the most"),
             (["generate", "x", "--prompt=a", "--top_p=0"], "top_p is 0.0"),
+            (["eval", "x", "--json=no/e.json"], "cannot write no/e.json: there is no folder no."),
+            (["check", "--json=no/c.json"], "cannot write no/c.json: there is no folder no."),
+            (["check", "--json=x"], "cannot write x: it is a directory."),
             (
                 ["convert", "nothing", "--output_dir=o"],
                 "nothing is neither a folder nor a model the hub gives",
@@ -363,7 +400,19 @@ class TestRefused:
         (copy / "model.safetensors").write_bytes(b"x" * 10)
         assert "model.safetensors' has 10 bytes instead of" in refused(capsys, "-q", "eval", copy)
 
-    @pytest.mark.parametrize("length", ["0", "-1", "nan", "0x", "one", "1e400x"])
+    def test_output_file_is_checked_before_the_work(self, capsys, text_run, monkeypatch):
+        from path_attn import training
+
+        monkeypatch.setattr(training, "load_run", None)  # a model that is loaded would be a bug
+        line = refused(capsys, "-q", "eval", text_run, "--json", text_run / "no" / "e.json")
+        assert "there is no folder" in line
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+    def test_output_file_in_a_read_only_folder(self, capsys, tmp_path):
+        (tmp_path / "ro").mkdir(mode=0o555)
+        assert "is not writable" in refused(capsys, "check", "--json", tmp_path / "ro" / "c.json")
+
+    @pytest.mark.parametrize("length", ["0", "-1", "nan", "0x", "one", "1e400x", "0.001x"])
     def test_lengths(self, capsys, text_run, length):
         assert f"length '{length}'" in refused(
             capsys, "-q", "eval", text_run, f"--lengths={length}"
@@ -384,8 +433,9 @@ class TestRefused:
         assert "makes its own data" in line
 
 
-def test_ctrl_c_leaves_a_run_that_resumes(tmp_path, capsys):
-    """SIGINT after a logged step: exit 130, a complete checkpoint, --resume ends the run."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_leaves_a_run_that_resumes(tmp_path, number, code):
+    """A signal after a logged step: 128 + its number, a complete checkpoint, --resume ends it."""
     out = tmp_path / "run"
     small = [a for a in SMALL if not a.startswith(("--max_steps", "--save_steps"))]
     child = in_process(
@@ -396,15 +446,17 @@ def test_ctrl_c_leaves_a_run_that_resumes(tmp_path, capsys):
         assert child.poll() is None, child.stderr.read()
         assert time.monotonic() < end
         time.sleep(0.01)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     _, errors = child.communicate(timeout=120)
-    assert child.returncode == 130, errors
+    assert child.returncode == code, errors
     assert "go on with --resume" in errors
     assert "Traceback" not in errors
     (checkpoint,) = out.glob("checkpoint-*")
     step = int(checkpoint.name.removeprefix("checkpoint-"))
     assert 0 < step < 150
     assert (checkpoint / "COMPLETE").is_file()
+    if number == signal.SIGTERM:
+        return  # the rest is the same for both
     assert main(["-q", "train", "--resume", f"--output_dir={out}"]) == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(2, 151, 2))

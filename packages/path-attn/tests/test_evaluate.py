@@ -19,7 +19,7 @@ from path_attn.evaluate import (
     task_error,
     write_comparison_plot,
 )
-from path_attn.tasks import FlipFlop, TextChunks
+from path_attn.tasks import FlipFlop, TextChunks, task_tokenizer
 from tenfold_common.errors import UserError
 from tenfold_common.tiny import byte_tokenizer, tiny_llama
 
@@ -52,13 +52,16 @@ class FlipFlopMachine(nn.Module):
         (["64"], [6400]),
         (["65", "512"], [65, 512]),
         (["100", "1"], [100]),
+        (["0.01x"], [1]),
     ],
 )
 def test_lengths(given, expected):
     assert parse_lengths(given, 100) == expected
 
 
-@pytest.mark.parametrize("bad", ["0", "-2", "", "x", "1.5", "infx", "two"])
+@pytest.mark.parametrize(
+    "bad", ["0", "-2", "", "x", "1.5", "infx", "two", "0.001x", "1e300x", "9" * 12]
+)
 def test_lengths_that_do_not_fit(bad):
     with pytest.raises(UserError, match=f"length '{bad}'"):
         parse_lengths([bad], 100)
@@ -113,6 +116,24 @@ class TestTaskError:
         assert 0.3 < found["error"] < 0.7
 
 
+class TestSets:
+    def test_sparse_has_few_reads_and_dense_many(self, caplog):
+        """Of 20 pairs the last is a read and 18 are one with probability (1 - p)/2 each."""
+        caplog.set_level("INFO")
+        config = TrainConfig(task="fflm", length=40).resolved()
+        tokenizer = task_tokenizer(config)
+        model = tiny_llama(len(tokenizer), hidden=16, layers=1)
+        report = evaluate_model(model, tokenizer, config, ["1"])
+        reads = {r["set"]: r["scored"] / r["sequences"] for r in report["rows"]}
+        assert reads["sparse"] == pytest.approx(1 + 18 * 0.02 / 2, abs=0.05)
+        assert reads["in distribution"] == pytest.approx(1 + 18 * 0.2 / 2, abs=0.2)
+        assert reads["dense"] == pytest.approx(1 + 18 * 0.9 / 2, abs=0.3)
+        said = [r.getMessage() for r in caplog.records if r.name == "path_attn.evaluate"]
+        assert [text.split(", ")[0] for text in said] == [
+            "evaluating: in distribution", "evaluating: sparse", "evaluating: dense",
+        ]  # fmt: skip
+
+
 class TestReports:
     @pytest.fixture
     def config(self, tmp_path):
@@ -121,7 +142,8 @@ class TestReports:
             task="text", data=str(tmp_path / "t"), length=32, position_encoding="rope"
         )
 
-    def test_same_text_for_every_length(self, config):
+    def test_same_text_for_every_length(self, config, caplog):
+        caplog.set_level("INFO", logger="path_attn")
         tokenizer = byte_tokenizer()
         report = evaluate_model(tiny_llama(len(tokenizer), layers=1), tokenizer, config)
         assert [r["length"] for r in report["rows"]] == [32, 64, 128]
@@ -135,6 +157,9 @@ class TestReports:
             assert mean == pytest.approx(row["loss"], rel=1e-9)
             assert [p["start"] for p in row["positions"]] == list(range(0, row["length"], 8))
         assert "| 128 | 4 | " in report_markdown(report)
+        assert [r.getMessage() for r in caplog.records] == [
+            f"evaluating: length {n}, {256 // n} chunks" for n in (32, 64, 128)
+        ]
 
     def test_lengths_beyond_the_text_are_left_out_and_named(self, config, caplog):
         tokenizer = byte_tokenizer()
@@ -186,6 +211,14 @@ class TestContinueText:
         assert torch.equal(torch.rand(1), expected)
         assert texts[0] == texts[1] != texts[2]
         assert all(text.startswith("ab") for text in texts)
+
+    @pytest.mark.parametrize("temperature", [float("nan"), float("inf"), -1.0, 1e-45])
+    def test_temperature_that_does_not_do(self, temperature):
+        tokenizer = byte_tokenizer()
+        model = tiny_llama(len(tokenizer), layers=1)
+        with pytest.raises(UserError, match=rf"temperature is {temperature}; it must be 0 "):
+            continue_text(model, tokenizer, "ab", temperature=temperature)
+        assert continue_text(model, tokenizer, "ab", max_new_tokens=2, temperature=1e-4)
 
     def test_greedy_is_the_most_likely_token(self):
         tokenizer = byte_tokenizer()

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from path_attn.layers import HALF_MAX_BETA, PaTHAttention, PaTHLayerCache, RMSNorm, ShortConv
+from path_attn.configuration_path_attn import PaTHConfig
+from path_attn.layers import HALF_MAX_BETA, PaTHAttention, PaTHLayerCache, ShortConv
 from path_attn.reference import naive_path_attention
 from tenfold_common.errors import UserError
 from tenfold_common.testing import rms_ratio
@@ -46,6 +47,24 @@ def test_layer_is_the_written_equations(encoding, reflections):
     out, cache = layer(x)
     assert cache is None
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("encoding", ["path_fox", "fox"])
+@pytest.mark.parametrize("gate_scale", ["paper", "fla"])
+def test_layer_follows_its_gate_convention_with_and_without_cache(encoding, gate_scale):
+    layer = make(position_encoding=encoding, gate_scale=gate_scale).eval()
+    x = torch.randn(2, 11, 32, dtype=torch.float64)
+    q, k, v, w, beta, g, _ = layer.project(x)
+    w = torch.zeros_like(k) if w is None else w
+    beta = torch.zeros_like(k[..., 0]) if beta is None else beta
+    o = naive_path_attention(q, k, v, w, beta, g, gate_scale=gate_scale)
+    expected = layer.o_proj(o.flatten(2))
+    out, _ = layer(x)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        first, cache = layer(x[:, :7], return_cache=True)
+        rest = [layer(x[:, i : i + 1], cache=cache)[0] for i in range(7, 11)]
+    torch.testing.assert_close(torch.cat([first, *rest], 1), expected, rtol=0, atol=1e-12)
 
 
 def test_state_dict_has_fla_names_and_shapes():
@@ -119,7 +138,7 @@ def test_crop_restores_keys_and_convolution_window(masked, history):
         out, _ = layer(x[:, 15:], mask[:, 15:], cache)
         torch.testing.assert_close(out, whole[:, 15:], rtol=0, atol=1e-11)
         cache.crop(0)
-        assert cache.window is None
+        assert cache.conv_inputs is None
         again, _ = layer(x, mask, cache)
     torch.testing.assert_close(again, whole, rtol=0, atol=1e-11)
 
@@ -188,15 +207,64 @@ def test_past_outputs_do_not_depend_on_the_future():
     assert torch.equal(layer(x)[0][:, :23], layer(y)[0][:, :23])
 
 
-def test_short_conv_equals_conv1d_and_rms_norm_its_formula():
+def test_short_conv_equals_conv1d():
     conv = ShortConv(6, 4).double()
     x = torch.randn(2, 9, 6, dtype=torch.float64)
     y, last = conv(x, remember=5)
     expected = F.silu(F.conv1d(F.pad(x.mT, (3, 0)), conv.weight, groups=6)).mT
     torch.testing.assert_close(y, expected)
     assert torch.equal(last, x[:, -5:])
-    norm = RMSNorm(6, 0.5).double()
-    torch.testing.assert_close(norm(x), x / (x.square().mean(-1, keepdim=True) + 0.5).sqrt())
+
+
+def test_qk_norm_is_computed_in_float32_for_half_inputs():
+    layer = make(qk_norm=True, norm_eps=0.5)
+    assert {"q_norm.weight", "k_norm.weight"} <= set(layer.state_dict())
+    layer = layer.bfloat16()
+    x = torch.randn(2, 9, 32).bfloat16()
+    q = layer.q_proj(x).view(2, 9, 4, 8).float()
+    exact = layer.q_norm.weight.float() * q * (q.square().mean(-1, keepdim=True) + 0.5).rsqrt()
+    torch.testing.assert_close(layer.project(x).q, exact.bfloat16(), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"position_encoding": "rpe"}, "position_encoding is 'rpe'; it must be one of path, path_"),
+        ({"gate_scale": "x"}, "gate_scale is 'x'; it must be one of paper, fla"),
+        ({"backend": "cuda"}, "backend is 'cuda'; it must be one of auto, reference"),
+        ({"hidden_size": 0}, "hidden_size is 0; it must be a whole number >= 1"),
+        ({"num_heads": 0}, "num_heads is 0; it must be a whole number >= 1"),
+        ({"num_kv_heads": 0}, "num_kv_heads is 0; it must be a whole number >= 1 or None"),
+        ({"num_kv_heads": 3}, "num_heads 4 is not a multiple of num_kv_heads 3"),
+        ({"head_dim": 0}, "head_dim is 0; it must be a whole number >= 1 or None"),
+        ({"head_dim": 7, "position_encoding": "rope"}, "head_dim 7 is odd"),
+        ({"num_reflections": 0}, "num_reflections is 0; it must be a whole number >= 1"),
+        ({"low_rank_w": 0}, "low_rank_w is 0; it must be a whole number >= 1 or None"),
+        ({"conv_size": 0}, "conv_size is 0; it must be a whole number >= 1 or None"),
+        ({"conv_size": True}, "conv_size is True"),
+        ({"window": 0}, "window is 0; it must be a whole number >= 1 or None"),
+        ({"block_size": 1.5}, "block_size is 1.5; it must be a whole number >= 1"),
+        ({"max_beta": 3}, r"max_beta is 3; it must lie in \(0, 2\] or be None"),
+        ({"max_beta": "2"}, "max_beta is '2'"),
+        ({"max_beta": float("nan")}, "max_beta is nan"),
+        ({"softcap": 0.0}, "softcap is 0.0; it must be > 0 or None"),
+        ({"norm_eps": 0.0}, "norm_eps is 0.0; it must be > 0"),
+        ({"w_norm_eps": -1.0}, "w_norm_eps is -1.0; it must be > 0"),
+    ],
+)
+def test_layer_and_configuration_refuse_the_same_options(options, message):
+    with pytest.raises(UserError, match=message):
+        PaTHAttention(**{"hidden_size": 32, "num_heads": 4, **options})
+    names = {
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "norm_eps": "rms_norm_eps",
+    }
+    message = " ".join(names.get(word, word) for word in message.split(" "))
+    settings = {"hidden_size": 32, "num_attention_heads": 4}
+    renamed = {names.get(name, name): value for name, value in options.items()}
+    with pytest.raises(UserError, match=message):
+        PaTHConfig(**{**settings, **renamed})
 
 
 @pytest.mark.parametrize(

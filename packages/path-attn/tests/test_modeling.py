@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from path_attn.configuration_path_attn import (
@@ -13,6 +14,7 @@ from path_attn.configuration_path_attn import (
     matched_intermediate_size,
 )
 from path_attn.modeling_path_attn import PaTHCache, PaTHForCausalLM, PaTHModel
+from path_attn.reference import naive_path_attention
 from tenfold_common.errors import UserError
 from tenfold_common.testing import rms_ratio
 
@@ -146,12 +148,35 @@ def test_packed_rows_by_cu_seqlens_and_by_position_ids(encoding):
     positions = torch.cat([torch.arange(n) for n in (6, 1, 13)])[None]
     packed = {
         "cu_seqlens": {"cu_seqlens": torch.tensor(bounds)},
+        "collator without positions": {"cu_seq_lens_q": torch.tensor(bounds)},
         "collator": {"cu_seq_lens_q": torch.tensor(bounds), "position_ids": positions},
         "positions": {"position_ids": positions},
     }
     for options in packed.values():
         logits = model(ids, **options).logits
         torch.testing.assert_close(logits, torch.cat(parts, 1), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("gate_scale", ["paper", "fla"])
+def test_model_follows_its_gate_convention_with_and_without_cache(gate_scale):
+    model = make("path_fox", gate_scale=gate_scale).double()
+    ids = torch.randint(1, 40, (2, 13))
+    with torch.no_grad():
+        hidden = model.model.embed_tokens(ids)
+        for block in model.model.layers:
+            *inputs, _ = block.self_attn.project(block.input_layernorm(hidden))
+            o = naive_path_attention(*inputs, gate_scale=gate_scale)
+            hidden = hidden + block.self_attn.o_proj(o.flatten(2))
+            hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
+        expected = model.lm_head(model.model.norm(hidden))
+        whole = model(ids, use_cache=False).logits
+        cache = PaTHCache(model.config)
+        parts = [
+            model(ids[:, a:b], past_key_values=cache).logits
+            for a, b in pairwise((0, 9, 10, 11, 13))
+        ]
+    torch.testing.assert_close(whole, expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-11)
 
 
 def test_the_past_does_not_see_the_future():
@@ -283,6 +308,78 @@ def test_assisted_decoding_takes_rejected_tokens_back(options):
         out = model.generate(ids, **GREEDY, **options)
     assert torch.equal(out, expected)
     assert min(crops) < 0
+
+
+def prefilled(model: PaTHForCausalLM, cache: PaTHCache, ids: torch.Tensor) -> PaTHCache:
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    return cache
+
+
+def test_recording_lets_assisted_decoding_take_back_100_tokens():
+    model = make(num_hidden_layers=1).double()
+    ids = torch.randint(1, 40, (1, 150))
+    with pytest.raises(UserError, match="crop"):
+        prefilled(model, PaTHCache(model.config), ids).crop(-100)
+    cache = PaTHCache(model.config)
+    cache.activate_past_recording()
+    prefilled(model, cache, ids).crop(-100)
+    with torch.no_grad():
+        step = model(ids[:, 50:53], past_key_values=cache).logits
+        expected = model(ids[:, :53], use_cache=False).logits[:, 50:]
+    torch.testing.assert_close(step, expected, rtol=0, atol=1e-11)
+
+
+def test_an_assistant_that_drafts_more_than_the_default_is_taken_back():
+    model = make(num_hidden_layers=1).double()
+    helper = make(num_hidden_layers=1).double()
+    torch.nn.init.normal_(helper.lm_head.weight)  # nearly all it drafts is rejected
+    helper.generation_config.num_assistant_tokens = 90
+    helper.generation_config.num_assistant_tokens_schedule = "constant"
+    helper.generation_config.assistant_confidence_threshold = 0.0
+    ids = torch.randint(1, 40, (1, 20))
+    settings = {"max_new_tokens": 100, "do_sample": False}
+    removed = []
+
+    class AfterFour(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+            return torch.full((1,), input_ids.shape[1] >= 24)
+
+    original = PaTHCache.crop
+
+    def counted(self: PaTHCache, tokens_to_remove: int) -> None:
+        removed.append(-tokens_to_remove)
+        original(self, tokens_to_remove)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PaTHCache, "crop", counted)
+        criteria = StoppingCriteriaList([AfterFour()])
+        out = model.generate(ids, assistant_model=helper, stopping_criteria=criteria, **settings)
+    assert out.shape[1] >= 24
+    assert torch.equal(out, model.generate(ids, **settings)[:, : out.shape[1]])
+    assert max(removed) >= 80
+
+
+@pytest.mark.parametrize("options", [{"keep_open": 100}, {"history": True}])
+def test_reset_keeps_what_the_cache_was_made_with(options):
+    model = make(num_hidden_layers=1).double()
+    ids = torch.randint(1, 40, (1, 150))
+    cache = prefilled(model, PaTHCache(model.config, **options), ids)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    prefilled(model, cache, ids).crop(-100)
+    with torch.no_grad():
+        step = model(ids[:, 50:53], past_key_values=cache).logits
+        expected = model(ids[:, :53], use_cache=False).logits[:, 50:]
+    torch.testing.assert_close(step, expected, rtol=0, atol=1e-11)
+
+
+def test_a_cache_refuses_another_kind_of_attention():
+    layer = PaTHCache(make().config).layers[0]
+    x = torch.zeros(1, 2, 3, 8)
+    for call in (layer.update, layer.lazy_initialization):
+        with pytest.raises(UserError, match="cannot serve another kind of attention"):
+            call(x, x)
 
 
 # -- saving and training ------------------------------------------------------------------

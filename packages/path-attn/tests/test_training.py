@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from path_attn import evaluate
 from path_attn.config import TrainConfig, read_config_file
 from path_attn.configuration_path_attn import count_parameters
+from path_attn.files import locked_folder
 from path_attn.tasks import task_tokenizer
+from path_attn.trainer import StopOnSignal, Stopped
 from path_attn.training import (
-    StopOnSignal,
     build_model,
     load_run,
     model_config,
@@ -128,9 +129,32 @@ class TestResume:
         assert run(finished, resume=True) == finished / "final"
         assert (finished / "final" / "COMPLETE").stat().st_mtime_ns == before
 
-    def test_resume_refuses_other_settings(self, finished):
-        with pytest.raises(UserError, match=r"was started with learning_rate 0.003, not 0.1"):
-            run(finished, resume=True, learning_rate=0.1)
+    def test_stops_at_a_logged_step(self, tmp_path, monkeypatch):
+        """SIGTERM in step 5 of a run that logs every second: it stops after 6, not after 5."""
+
+        def interrupt(self, args, state, control, **more):
+            if state.global_step == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        options = {"logging_steps": 2, "max_steps": 8}
+        run(tmp_path / "whole", **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(StopOnSignal, "on_step_begin", interrupt)
+            with pytest.raises(Stopped) as stopped:
+                run(tmp_path / "r", **options)
+        assert stopped.value.number == signal.SIGTERM
+        assert {p.name for p in (tmp_path / "r").glob("checkpoint-*")} == {
+            "checkpoint-4", "checkpoint-6",
+        }  # fmt: skip
+        run(tmp_path / "r", **options, resume=True)
+        assert losses(tmp_path / "r") == losses(tmp_path / "whole")
+
+    @pytest.mark.parametrize(
+        ("name", "before", "now"), [("learning_rate", 0.003, 0.1), ("seed", 0, 1)]
+    )
+    def test_resume_refuses_other_settings(self, finished, name, before, now):
+        with pytest.raises(UserError, match=rf"was started with {name} {before}, not {now}"):
+            run(finished, resume=True, **{name: now})
 
     def test_resume_of_nothing(self, tmp_path):
         with pytest.raises(UserError, match="holds no run to resume"):
@@ -139,6 +163,67 @@ class TestResume:
     def test_output_folder_that_holds_something(self, finished):
         with pytest.raises(UserError, match=r"not empty .*--resume.*--overwrite"):
             run(finished)
+
+
+class TestFolder:
+    def test_second_run_on_a_folder_is_refused_and_harms_nothing(self, finished, tmp_path):
+        """What holds the folder is another process; it lets go when it is killed."""
+        code = (
+            "import sys, time; from path_attn.files import locked_folder\n"
+            "with locked_folder(sys.argv[1]):\n    print('held', flush=True); time.sleep(60)"
+        )
+        for folder in (tmp_path, finished):
+            command = [sys.executable, "-c", code, str(folder)]
+            with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+                try:
+                    assert holder.stdout.readline() == b"held\n"
+                    with pytest.raises(UserError, match="another run is writing to"):
+                        run(folder, resume=folder == finished, overwrite=folder != finished)
+                finally:
+                    holder.kill()
+        assert list(tmp_path.iterdir()) == []
+        assert run(finished, resume=True) == finished / "final"
+
+    def test_run_holds_its_folder_while_it_trains(self, tmp_path, monkeypatch):
+        refused = []
+
+        def second(self, args, state, control, **more):
+            with (
+                pytest.raises(UserError, match="another run is writing") as error,
+                locked_folder(tmp_path / "r"),
+            ):
+                pass
+            refused.append(error)
+
+        monkeypatch.setattr(StopOnSignal, "on_step_begin", second)
+        run(tmp_path / "r", max_steps=2)
+        assert len(refused) == 2
+        with locked_folder(tmp_path / "r"):  # let go of at the end
+            pass
+
+    def test_comparison_holds_its_folder(self, tmp_path):
+        config = TrainConfig(**{**TINY, "output_dir": str(tmp_path), "overwrite": True})
+        with locked_folder(tmp_path), pytest.raises(UserError, match="another run is writing"):
+            train_each(config, ["path", "rope"])
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"position_encoding": "rope", "hidden_size": 18}, "head_dim 9 is odd"),
+            ({"backend": "triton"}, "backend 'triton' does not fit"),
+        ],
+        ids=["odd", "backend"],
+    )
+    def test_model_that_does_not_fit_leaves_no_folder(
+        self, tmp_path, changes, message, monkeypatch
+    ):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / "r", **changes)
+        config = TrainConfig(**{**TINY, "output_dir": str(tmp_path / "c"), **changes})
+        with pytest.raises(UserError, match=message):
+            train_each(config, ["path", "rope"])
+        assert list(tmp_path.iterdir()) == []
 
 
 class TestEqualParameters:
@@ -158,6 +243,10 @@ class TestEqualParameters:
         table = (tmp_path / "c" / "comparison.md").read_text()
         assert table.count("\n| path | ") == table.count("\n| rope | ") == 1
         assert (tmp_path / "c" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+        with pytest.raises(UserError, match=r"several models; give one of .*c/path, .*c/rope"):
+            load_run(tmp_path / "c")
+        with pytest.raises(UserError, match=r"comparison of path rope; .*--output_dir .*c/path"):
+            run(tmp_path / "c", max_steps=4, resume=True)
         with pytest.raises(UserError, match="names one twice"):
             train_each(config, ["path", "path"])
 
@@ -223,8 +312,10 @@ class TestOptions:
             ({"adam_beta": 0.9}, r"unknown name 'adam_beta'\. Did you mean 'adam_beta[12]'\?"),
             ({"max_steps": 3}, "use the option max_steps instead"),
             ({"optim": "adamm"}, "do not fit"),
+            ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps 0; it must be"),
+            ({"gradient_accumulation_steps": "2x"}, "gradient_accumulation_steps '2x'; it must"),
         ],
-        ids=["unknown", "own", "value"],
+        ids=["unknown", "own", "value", "zero", "text"],
     )
     def test_training_args_that_do_not_fit(self, tmp_path, given, message):
         config = TrainConfig(**TINY, output_dir=str(tmp_path), training_args=given)

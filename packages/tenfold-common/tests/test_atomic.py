@@ -40,6 +40,27 @@ def fill(folder: Path, files: dict[str, bytes]) -> None:
 # atomic_write ---------------------------------------------------------------------------------
 
 
+def test_file_reaches_the_disk_before_its_name_and_the_folder_after(tmp_path, monkeypatch):
+    steps = []
+    real_fsync, real_replace = os.fsync, Path.replace
+
+    def fsync(descriptor):
+        found = os.fstat(descriptor)
+        steps.append(("sync", found.st_ino, found.st_size if stat.S_ISREG(found.st_mode) else None))
+        real_fsync(descriptor)
+
+    def replace(self, target):
+        steps.append(("rename", self.stat().st_ino, Path(target).name))
+        return real_replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    with atomic_write(tmp_path / "x") as stream:
+        stream.write(b"12345")
+    file, folder = (tmp_path / "x").stat().st_ino, tmp_path.stat().st_ino
+    assert steps == [("sync", file, 5), ("rename", file, "x"), ("sync", folder, None)]
+
+
 @SHARED_FOLDER
 @given(name=NAMES, old=st.binary(), new=st.binary())
 def test_bytes_round_trip(tmp_path_factory, name, old, new):

@@ -19,7 +19,7 @@ from tenfold_common import (
 )
 
 PROGRAM = """
-import logging, os, sys, time
+import logging, os, signal, sys, time
 from tenfold_common import CheckpointError, MissingDependencyError, UserError
 from tenfold_common.cli import base_parser, run, setup_logging
 
@@ -46,6 +46,8 @@ def main(argv):
         for i in range(200000):
             print(i)
     if args.verb == "sleep":
+        # a parent that ignores Ctrl-C (nohup, some CI runners) hands that down
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         print("ready", flush=True)
         time.sleep(60)
     if args.verb == "fail":
@@ -127,7 +129,11 @@ def test_help_and_version():
         ),
         (["train", "--lerning_rate=3"], ["--lerning_rate=3", "Did you mean '--learning_rate'?"]),
         (["train", "--learning"], ["unrecognized arguments: --learning."]),
-        (["train", "extra"], ["unrecognized arguments: extra. (see tool --help)"]),
+        (["train", "extra"], ["unrecognized arguments: extra. (see tool train --help)"]),
+        (["train", "--model", "x"], ["arguments: --model x. (see tool train --help)"]),
+        (["fail", "--learning_rate=3"], ["arguments: --learning_rate=3. (see tool fail --help)"]),
+        (["--learning_rate=3", "train"], ["arguments: --learning_rate=3. (see tool --help)"]),
+        (["train", "--verbos"], ["Did you mean '--verbose'? (see tool train --help)"]),
         (["--vresion", "train"], ["Did you mean '--version'?"]),
         (["lines", "--learning-rate"], ["unrecognized arguments: --learning-rate. (see"]),
         (["trian"], ["invalid choice 'trian'", "Did you mean 'train'?"]),

@@ -124,9 +124,11 @@ def test_a_full_disk_leaves_the_old_content_and_one_line(tmp_path, kind):
 
 def test_ctrl_c_cleans_up(tmp_path):
     code = """
-import sys, time
+import signal, sys, time
 from tenfold_common import atomic_dir, atomic_write
 from tenfold_common.cli import run
+# a parent that ignores Ctrl-C (nohup, some CI runners) hands that down
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def main(argv):
     with atomic_dir(argv[0]) as folder, atomic_write(folder / "f") as stream:
         stream.write(b"x")

@@ -10,6 +10,7 @@ rounding.
 """
 
 from collections.abc import Callable
+from operator import index
 
 import torch
 from torch import Tensor
@@ -316,8 +317,9 @@ class PaTHKVCache:
             UserError: `length` is negative, more than are held, or lies before the fold point
                 while `history` is off. H is singular at beta = 1, so a fold cannot be undone.
         """
-        if type(length) is not int or not 0 <= length <= self.length:
+        if not hasattr(length, "__index__") or not 0 <= index(length) <= self.length:
             raise UserError(f"cannot crop {self.length} tokens to {length}")
+        length = index(length)
         if length == self.length:
             return
         if length == 0:
@@ -354,16 +356,17 @@ class PaTHKVCache:
             None if valid is None else valid[:, :length],
         )
 
-    def reorder(self, index: Tensor) -> None:
-        """Take row `index[b]` as row b (beam search).
+    def reorder(self, rows: Tensor) -> None:
+        """Take row `rows[b]` as row b (beam search).
 
-        `index` is `[B']` int64, rows may repeat or be left out.
+        `rows` is `[B']` int32 or int64, rows may repeat or be left out.
         """
-        if not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int64:
-            raise UserError(f"reorder needs row numbers, a tensor [B'] of int64, got {index!r}")
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.batch:
-            raise UserError(f"reorder to rows {index.tolist()}, but the cache has {self.batch}")
-        self._each(lambda x, _: x.index_select(0, index.to(x.device)))
+        integers = (torch.int32, torch.int64)
+        if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.dtype not in integers:
+            raise UserError(f"reorder needs row numbers, a tensor [B'] of integers, got {rows!r}")
+        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.batch:
+            raise UserError(f"reorder to rows {rows.tolist()}, but the cache has {self.batch}")
+        self._each(lambda x, _: x.index_select(0, rows.to(x.device)))
 
     def repeat(self, times: int) -> None:
         """Repeat every row `times` times, neighbours together."""

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any
 
 from path_attn._version import __version__
 from path_attn.config import (
+    COMPARISON_FILE,
     POSITION_ENCODINGS,
     TASK_DEFAULTS,
     TrainConfig,
+    check_temperature,
     field_types,
     read_config_file,
 )
+from path_attn.files import check_model_folder, check_output_file, check_text_file, write_json
 from tenfold_common.cli import Parser, base_parser, run, setup_logging
 from tenfold_common.errors import UserError, suggest
 
@@ -33,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments. Defaults to those of the process.
 
     Returns:
-        0 success, 1 a failed check, claim or a bug, 2 a wrong input, 130 interrupted.
+        0 success, 1 a failed check, claim or a bug, 2 a wrong input, 130 interrupted, 143 a
+        training run stopped by SIGTERM.
     """
     return run(_main, argv)
 
@@ -167,6 +172,7 @@ def _train(arguments: argparse.Namespace) -> int:
             **_key_values(given["training_args"]),
         }
     stored = _stored_options(given, encodings) if given.get("resume") else {}
+    encodings = encodings or _encodings(stored.pop("position_encoding", None))
     config = TrainConfig.from_dict({**stored, **from_file, **given}, source=source)
     encodings = encodings or [config.position_encoding]
     for name in encodings:
@@ -181,8 +187,22 @@ def _train(arguments: argparse.Namespace) -> int:
     config = dataclasses.replace(config, position_encoding=encodings[0])
     config.resolved()
     if config.data is not None:  # before torch is loaded, so that a wrong path is answered at once
-        _readable(config.data)
+        check_text_file(config.data)
     _quiet_libraries()
+    from path_attn.trainer import Stopped
+
+    try:
+        _run_training(config, encodings)
+    except Stopped as stop:
+        if stop.number != signal.SIGTERM:
+            raise
+        sys.stderr.write("terminated\n")
+        return 128 + signal.SIGTERM
+    return 0
+
+
+def _run_training(config: TrainConfig, encodings: list[str]) -> None:
+    """Train one model or several, and print the table."""
     from path_attn.training import EVALUATION_FILE, train, train_each
 
     if len(encodings) == 1:
@@ -195,18 +215,19 @@ def _train(arguments: argparse.Namespace) -> int:
                 end="",
             )
             print(f"\nmodel: {final}")
-        return 0
+        return
     comparison = train_each(config, encodings)
     if _is_first_process():
         print(comparison.with_suffix(".md").read_text(encoding="utf-8"), end="")
         print(f"\ncomparison: {comparison}")
-    return 0
 
 
 def _stored_options(given: dict[str, Any], encodings: list[str]) -> dict[str, Any]:
     """Return the options a run was started with: `--resume --output_dir X` is enough."""
     folder = Path(given.get("output_dir", "."))
     file = folder / "train_config.json"
+    if (folder / COMPARISON_FILE).is_file():
+        file = folder / COMPARISON_FILE
     if not file.is_file():
         if not folder.is_dir():
             raise UserError(f"there is nothing to resume in {folder}: it is not a folder.")
@@ -241,9 +262,11 @@ def _key_values(pairs: list[str]) -> dict[str, Any]:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    _folder(arguments.model)
+    check_model_folder(arguments.model)
     if arguments.data:
-        _readable(arguments.data)
+        check_text_file(arguments.data)
+    if arguments.json:
+        check_output_file(arguments.json)
     _quiet_libraries()
     from path_attn.evaluate import evaluate_model, report_markdown
     from path_attn.training import load_run, read_run_config
@@ -258,26 +281,25 @@ def _eval(arguments: argparse.Namespace) -> int:
             )
         config = dataclasses.replace(config, data=arguments.data)
     report = evaluate_model(model, tokenizer, config, arguments.lengths)
-    if arguments.json:
-        _write_json(arguments.json, report)
     print(report_markdown(report), end="")
+    if arguments.json:
+        write_json(arguments.json, report)
     return 0
 
 
 def _generate(arguments: argparse.Namespace) -> int:
     if arguments.max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {arguments.max_new_tokens}; it must be at least 1.")
-    if not 0 <= arguments.temperature < float("inf"):
-        raise UserError(f"temperature is {arguments.temperature}; it must not be negative.")
+    check_temperature(arguments.temperature)
     if not 0 < arguments.top_p <= 1:
         raise UserError(f"top_p is {arguments.top_p}; it must lie above 0 and up to 1.")
     if arguments.num_beams < 1:
         raise UserError(f"num_beams is {arguments.num_beams}; it must be at least 1.")
     if arguments.seed < 0:
         raise UserError(f"seed is {arguments.seed}; it must not be negative.")
-    _folder(arguments.model)
+    check_model_folder(arguments.model)
     if arguments.prompt_file:
-        _readable(arguments.prompt_file)
+        check_text_file(arguments.prompt_file)
     _quiet_libraries()
     from path_attn.evaluate import continue_text
     from path_attn.training import load_run
@@ -338,7 +360,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     if arguments.seed < 0:
         raise UserError(f"seed is {arguments.seed}; it must not be negative.")
     if arguments.data:
-        _readable(arguments.data)
+        check_text_file(arguments.data)
     _quiet_libraries()
     from path_attn.convert import ConvertConfig
     from path_attn.convert_run import convert_folder
@@ -369,11 +391,11 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     if arguments.seed < 0:
         raise UserError(f"seed is {arguments.seed}; it must not be negative.")
+    if arguments.json:
+        check_output_file(arguments.json)
     from path_attn.check import run_check, table
 
     rows = run_check(arguments.device, seed=arguments.seed)
-    if arguments.json:
-        _write_json(arguments.json, [row._asdict() for row in rows])
     print(table(rows))
     failed = sum(not row.passed for row in rows)
     print(
@@ -381,6 +403,8 @@ def _check(arguments: argparse.Namespace) -> int:
         if failed
         else "all back-ends that run here agree"
     )
+    if arguments.json:
+        write_json(arguments.json, [row._asdict() for row in rows])
     return 1 if failed else 0
 
 
@@ -398,33 +422,6 @@ def _demo(arguments: argparse.Namespace) -> int:
     result.save(out)
     print(result.markdown())
     return 0 if result.passed else 1
-
-
-def _folder(path: str) -> None:
-    if not Path(path).is_dir():
-        raise UserError(
-            f"{path} is {'a file' if Path(path).exists() else 'not there'}; give the folder of a "
-            "trained model."
-        )
-
-
-def _readable(path: str) -> None:
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a directory; a text file is needed.")
-    try:
-        with Path(path).open("rb") as file:
-            if not file.read(1):
-                raise UserError(f"{path} is empty.")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _write_json(path: str, value: object) -> None:
-    from tenfold_common.atomic import atomic_write
-
-    with atomic_write(path, "w") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
 
 
 def _is_first_process() -> bool:

@@ -13,6 +13,8 @@ from tenfold_common.errors import UserError, suggest
 
 TASKS = ("fflm", "a5", "mqrar", "text")
 GROUPS = ("s3", "a4", "a5")
+COMPARISON_FILE = "comparison_config.json"  # what several encodings were asked for with
+LOWEST_TEMPERATURE = 1e-4  # below it logits divided by the temperature leave the range of float32
 POSITION_ENCODINGS = ("path", "path_fox", "rope", "fox", "nope")
 
 # What a task uses where the user names no value; sizes that a 2-core CPU trains in minutes.
@@ -94,8 +96,7 @@ class TrainConfig:
     intermediate_size: int | None = _option(
         None,
         "MLP width of the PaTH model (default about 8/3 hidden_size); other encodings get the "
-        "width that gives "
-        "them the same number of parameters",
+        "width that gives them the same number of parameters",
     )
     gate_scale: str = _option("paper", "how forget gates enter the logit", choices=("paper", "fla"))
     num_reflections: int = _option(1, "Householder factors per token")
@@ -168,14 +169,12 @@ class TrainConfig:
         if self.save_total_limit < 2:
             raise UserError(
                 f"save_total_limit is {self.save_total_limit}; it must be at least 2, so that one "
-                "complete "
-                "checkpoint is there while the next is written."
+                "complete checkpoint is there while the next is written."
             )
         if self.save_steps % self.logging_steps:
             raise UserError(
                 f"save_steps ({self.save_steps}) must be a multiple of logging_steps "
-                f"({self.logging_steps}); otherwise "
-                "the logged losses after a resume would differ."
+                f"({self.logging_steps}); otherwise the logged losses after a resume would differ."
             )
         if self.resume and self.overwrite:
             raise UserError("resume and overwrite exclude each other; choose one.")
@@ -199,8 +198,7 @@ class TrainConfig:
         ):
             raise UserError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                "num_key_value_heads "
-                f"({self.num_key_value_heads})."
+                f"num_key_value_heads ({self.num_key_value_heads})."
             )
         if self.task == "text" and self.data is None:
             raise UserError("task text needs a text file: --data FILE.")
@@ -208,8 +206,8 @@ class TrainConfig:
             raise UserError(f"task {self.task} makes its own data; --data is for task text.")
         if self.task == "fflm" and self.length and (self.length % 2 or self.length < 4):
             raise UserError(
-                f"length is {self.length}; fflm needs an even length of at least 4 (instruction, "
-                "bit)."
+                f"length is {self.length}; fflm needs an even length of at least 4: pairs of an "
+                "instruction and a bit."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -278,6 +276,15 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
             f"{path} must hold a mapping of option names to values, not {type(values).__name__}."
         )
     return values
+
+
+def check_temperature(value: float) -> None:
+    """Raise `UserError` unless a sampling temperature is 0 or one that can be divided by."""
+    if value != 0 and not LOWEST_TEMPERATURE <= value < float("inf"):
+        raise UserError(
+            f"temperature is {value}; it must be 0 (the most likely token) or a number from "
+            f"{LOWEST_TEMPERATURE:g} up."
+        )
 
 
 def _first_line(error: BaseException) -> str:

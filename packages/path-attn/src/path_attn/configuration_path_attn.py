@@ -6,11 +6,8 @@ from transformers import GenerationConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
+from path_attn.options import check_attention, check_integer, check_positive
 from tenfold_common.errors import UserError, suggest
-
-POSITION_ENCODINGS = ("path", "path_fox", "rope", "fox", "nope")
-GATE_SCALES = ("paper", "fla")
-BACKENDS = ("auto", "reference", "torch", "triton")
 
 # What transformers itself hands to a configuration besides the fields below.
 _TRANSFORMERS_EXTRAS = frozenset(
@@ -118,21 +115,22 @@ class PaTHConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs: object) -> None:
-        """Fill in what follows from other fields, then check everything."""
+        """Check everything, then fill in what follows from other fields."""
         _refuse_unknown(kwargs)
-        _check_integers(self)
+        for name in ("vocab_size", "num_hidden_layers", "max_position_embeddings"):
+            check_integer(name, getattr(self, name))
+        check_integer("intermediate_size", self.intermediate_size, optional=True)
+        check_positive("initializer_range", self.initializer_range)
+        check_attention(
+            vars(self), heads="num_attention_heads", kv_heads="num_key_value_heads",
+            eps="rms_norm_eps",
+        )  # fmt: skip
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise UserError(
-                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                    f"{self.num_attention_heads}; give head_dim or change one of them."
-                )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
-        _check_values(self)
         super().__post_init__(**kwargs)
 
     @property
@@ -222,58 +220,3 @@ def _refuse_unknown(names: dict[str, object]) -> None:
         if name.startswith("_") or name in _TRANSFORMERS_EXTRAS or name in generation:
             continue
         raise UserError(f"PaTHConfig has no field {name!r}.{suggest(name, known)}")
-
-
-def _check_integers(config: PaTHConfig) -> None:
-    required = (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "max_position_embeddings",
-        "num_reflections",
-        "block_size",
-    )
-    optional = (
-        "intermediate_size",
-        "num_key_value_heads",
-        "head_dim",
-        "low_rank_w",
-        "conv_size",
-        "window",
-    )
-    for name in required + optional:
-        value = getattr(config, name)
-        if value is None and name in optional:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            allowed = "a whole number >= 1" + (" or None" if name in optional else "")
-            raise UserError(f"{name} is {value!r}; it must be {allowed}.")
-
-
-def _check_values(config: PaTHConfig) -> None:
-    _check_choice("position_encoding", config.position_encoding, POSITION_ENCODINGS)
-    _check_choice("gate_scale", config.gate_scale, GATE_SCALES)
-    _check_choice("backend", config.backend, BACKENDS)
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if kv_heads is None or heads % kv_heads:
-        raise UserError(
-            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}."
-        )
-    if config.position_encoding == "rope" and (config.head_dim or 0) % 2:
-        raise UserError(f"head_dim {config.head_dim} is odd; 'rope' rotates pairs of channels.")
-    if config.max_beta is not None and not 0 < config.max_beta <= 2:
-        raise UserError(f"max_beta is {config.max_beta}; it must lie in (0, 2] or be None.")
-    if config.softcap is not None and config.softcap <= 0:
-        raise UserError(f"softcap is {config.softcap}; it must be > 0 or None.")
-    for name in ("rms_norm_eps", "w_norm_eps", "initializer_range"):
-        if not getattr(config, name) > 0:
-            raise UserError(f"{name} is {getattr(config, name)!r}; it must be > 0.")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(
-            f"{name} is {value!r}; it must be one of {', '.join(choices)}."
-            f"{suggest(str(value), choices)}"
-        )

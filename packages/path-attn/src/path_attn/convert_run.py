@@ -13,9 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traini
 
 from path_attn.convert import ConvertConfig, convert_rope_model, distill
 from path_attn.evaluate import position_losses
+from path_attn.files import locked_folder, write_json
 from path_attn.fla_checkpoint import from_fla
 from path_attn.tasks import TextChunks, read_text, split_text, text_tokens
-from tenfold_common.atomic import atomic_dir, atomic_write, prepare_output_dir
+from tenfold_common.atomic import atomic_dir, prepare_output_dir
 from tenfold_common.device import resolve_device
 from tenfold_common.errors import CheckpointError, UserError
 
@@ -75,16 +76,16 @@ def convert_folder(
     settings.validate()
     source = _config(model)
     if source.get("model_type") == "path_attn":
-        out = prepare_output_dir(output_dir, overwrite=overwrite)
         report: dict[str, Any] = {"kind": "fla", "source": model}
-        _save(out / "final", from_fla(model), _tokenizer(model), report)
+        with locked_folder(output_dir) as out:
+            prepare_output_dir(out, overwrite=overwrite)
+            _save(out / "final", from_fla(model), _tokenizer(model), report)
         return report
     steps = settings.stage1_steps + settings.stage2_steps
     if steps and data is None:
         raise UserError(
             "a converted model must be distilled: give --data FILE, or --stage1_steps 0 "
-            "--stage2_steps 0 to only "
-            "carry the weights over."
+            "--stage2_steps 0 to only carry the weights over."
         )
     chosen, why = resolve_device(device)
     logger.info("device %s (%s)", chosen, why)
@@ -106,7 +107,6 @@ def convert_folder(
         ) from error
     teacher = teacher.to(chosen).eval()  # pyright: ignore[reportArgumentType]
     student = convert_rope_model(teacher, position_encoding=position_encoding, seed=settings.seed)
-    out = prepare_output_dir(output_dir, overwrite=overwrite)
     report = {
         "kind": "rope",
         "source": model,
@@ -114,17 +114,19 @@ def convert_folder(
         "settings": dataclasses.asdict(settings),
     }
     losses = {}
-    if validation is not None:
-        losses["teacher"] = _mean_loss(teacher, validation)
-        losses["student before"] = _mean_loss(student, validation)
-    if training is not None and steps:
-        own = _OnDevice(**dataclasses.asdict(settings), device=chosen.type)
-        logger.info("distilling: %d + %d steps", settings.stage1_steps, settings.stage2_steps)
-        report["log"] = distill(teacher, student.train(), training, out, config=own)
-    if validation is not None:
-        losses["student after"] = _mean_loss(student.to(chosen), validation)  # pyright: ignore[reportArgumentType]
-    report["validation_loss"] = losses
-    _save(out / "final", student.eval(), tokenizer, report)
+    with locked_folder(output_dir) as out:
+        prepare_output_dir(out, overwrite=overwrite)
+        if validation is not None:
+            losses["teacher"] = _mean_loss(teacher, validation)
+            losses["student before"] = _mean_loss(student, validation)
+        if training is not None and steps:
+            own = _OnDevice(**dataclasses.asdict(settings), device=chosen.type)
+            logger.info("distilling: %d + %d steps", settings.stage1_steps, settings.stage2_steps)
+            report["log"] = distill(teacher, student.train(), training, out, config=own)
+        if validation is not None:
+            losses["student after"] = _mean_loss(student.to(chosen), validation)  # pyright: ignore[reportArgumentType]
+        report["validation_loss"] = losses
+        _save(out / "final", student.eval(), tokenizer, report)
     return report
 
 
@@ -175,5 +177,4 @@ def _save(folder: Path, model: Any, tokenizer: Any, report: dict[str, Any]) -> N
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        with atomic_write(temporary / "conversion.json", "w") as file:
-            json.dump(report, file, indent=1)
+        write_json(temporary / "conversion.json", report)

@@ -201,9 +201,8 @@ def _summary(errors: Mapping[str, Mapping[str, float]], steps: int, seeds: int) 
     shown = ", ".join(f"{NAMES[n]} {100 * errors[n][SETS[0]]:.2f} %" for n in ENCODINGS)
     return (
         f"Error on held-out flip-flop sequences after {steps} training steps ({seeds} "
-        f"seed{'s' * (seeds > 1)}): {shown}. "
-        "Nothing but the position encoding differs; MLP widths are chosen so that the parameter "
-        "counts are equal."
+        f"seed{'s' * (seeds > 1)}): {shown}. Nothing but the position encoding differs; MLP widths "
+        "are chosen so that the parameter counts are equal."
     )
 
 
@@ -214,11 +213,9 @@ def _notes(
     rope = np.mean([r["losses"][-1][1] for r in runs["rope"]])
     notes = [
         f"RoPE and FoX are under-trained here: {steps} steps. The paper's RoPE, trained far "
-        "longer, reaches 6.9 % in "
-        f"distribution and 40.3 % sparse; ours has {100 * errors['rope'][SETS[0]]:.1f} % at a "
-        f"training loss of {rope:.3f} "
-        "and would improve with more steps. What this demo shows is how much sooner PaTH solves "
-        "the task, not where "
+        "longer, reaches 6.9 % in distribution and 40.3 % sparse; ours has "
+        f"{100 * errors['rope'][SETS[0]]:.1f} % at a training loss of {rope:.3f} and would improve "
+        "with more steps. What this demo shows is how much sooner PaTH solves the task, not where "
         "RoPE ends.",
         "One learning rate (3e-3), schedule and batch size for all four; none was tuned for an "
         "encoding.",
@@ -226,8 +223,7 @@ def _notes(
     scored = min(r["scored"][SETS[1]] for r in runs["path"])
     notes.append(
         f"No error among n reads bounds the error rate by about 3/n (95 %): {300 / scored:.2f} % "
-        "for the sparse set, "
-        "the smallest."
+        "for the sparse set, the smallest."
     )
     notes += [
         f"{NAMES[n]} did worse than {LIMIT:.0%} on {s}: {100 * errors[n][s]:.2f} %."

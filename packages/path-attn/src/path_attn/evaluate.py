@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from path_attn.config import TrainConfig
+from path_attn.config import TrainConfig, check_temperature
 from path_attn.tasks import IGNORE, TextChunks, read_text, split_text, task_dataset, text_tokens
 from tenfold_common.errors import UserError
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_LENGTHS = ("1", "2", "4")
 LARGEST_MULTIPLE = 64  # a plain number up to this is a multiple of the training length
+LARGEST_LENGTH = 2**30  # tokens
 TOKENS_PER_BATCH = 8192
 TOKENS_PER_SET = 65536
 
@@ -55,8 +56,12 @@ def parse_lengths(lengths: Sequence[str], train_length: int) -> list[int]:
                 f"length {text!r} must be a multiple of the training length (2 or 2x) or a number "
                 "of tokens."
             )
-        multiple = times or number <= LARGEST_MULTIPLE
-        found.add(round(number * train_length) if multiple else int(number))
+        tokens = number * train_length if times or number <= LARGEST_MULTIPLE else number
+        if not 1 <= round(tokens) <= LARGEST_LENGTH:
+            raise UserError(
+                f"length {text!r} is {tokens:g} tokens; it must be from 1 to {LARGEST_LENGTH}."
+            )
+        found.add(round(tokens))
     if not found:
         raise UserError("lengths names no length.")
     return sorted(found)
@@ -145,11 +150,10 @@ def evaluate_model(
             text reaches.
 
     Returns:
-        For text
-        `{"kind":
-        "loss", "rows": [{length, loss, tokens, positions: [{start, end, loss,
-        tokens}]}]}`, for the generated tasks `{"kind": "error", "rows": [{set, length, error, loss,
-        scored, sequences}]}`; both with task, position_encoding and train_length.
+        A dictionary with task, position_encoding, train_length, seed, kind and rows. For text kind
+        is "loss" and a row has length, loss, tokens and positions, a list of dictionaries with
+        start, end, loss and tokens. For the generated tasks kind is "error" and a row has set,
+        length, error, loss, scored and sequences.
 
     Raises:
         UserError: a length asked for does not fit the task or the text.
@@ -173,6 +177,7 @@ def evaluate_model(
         if config.task == "fflm" and length == train_length:
             sets |= {"sparse": 0.98, "dense": 0.1}
         for name, probability in sets.items():
+            logger.info("evaluating: %s, length %d, %d sequences", name, length, size)
             data = task_dataset(
                 config,
                 tokenizer,
@@ -208,6 +213,7 @@ def _text_rows(
     width = max(1, (config.length or 1) // 4)
     rows = []
     for length in fitting:
+        logger.info("evaluating: length %d, %d chunks", length, len(used) // length)
         total, count = position_losses(model, TextChunks(used, length, where=where))
         positions = []
         for start in range(0, length, width):
@@ -345,7 +351,7 @@ def continue_text(
         tokenizer: Its tokenizer.
         prompt: Not empty, and of words the tokenizer knows.
         max_new_tokens: At least 1.
-        temperature: Sampling temperature; 0 takes the most likely token.
+        temperature: Sampling temperature, at least 0.0001; 0 takes the most likely token.
         top_p: Sample among the most likely tokens that hold this probability.
         num_beams: Beams; above 1 the most likely continuation is searched and nothing is sampled.
         seed: Seeds the sampling; torch's global random state is left as it was.
@@ -354,8 +360,10 @@ def continue_text(
         The prompt and its continuation, without special tokens.
 
     Raises:
-        UserError: the prompt is empty or has words the tokenizer does not know.
+        UserError: the prompt is empty or has words the tokenizer does not know, or the temperature
+            is negative, too small or not a number.
     """
+    check_temperature(temperature)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     ids = cast("Tensor", ids)
     if ids.numel() == 0:

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from path_attn.cache import FOLD, PaTHKVCache
 from path_attn.ops import path_attention
-from tenfold_common.errors import UserError, suggest
+from path_attn.options import check_attention
+from tenfold_common.errors import UserError
 
 if TYPE_CHECKING:
     from path_attn.configuration_path_attn import PaTHConfig
 
 HALF_MAX_BETA = 2 - 2**-7  # bfloat16 resolves 2 to 2^-7: above this, rounding may leave [-1, 1]
-_ENCODINGS = ("path", "path_fox", "rope", "fox", "nope")
 
 
 class AttentionInputs(NamedTuple):
@@ -32,7 +32,7 @@ class AttentionInputs(NamedTuple):
         beta: Strengths in (0, max_beta], `[B, T, H]` or `[B, T, H, R]`, at least float32; None
             without PaTH.
         g: Log forget gates, `[B, T, HQ]`, at least float32; None without gates.
-        window: Inputs of the short convolution to remember, `[B, N, C]`, or None.
+        conv_inputs: Inputs of the short convolution to remember, `[B, N, C]`, or None.
     """
 
     q: Tensor
@@ -41,22 +41,7 @@ class AttentionInputs(NamedTuple):
     w: Tensor | None
     beta: Tensor | None
     g: Tensor | None
-    window: Tensor | None
-
-
-class RMSNorm(nn.Module):
-    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension, in at least float32."""
-
-    def __init__(self, size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise `x` `[..., size]`; the result has the dtype of `x` times that of the weight."""
-        wide = _wide(x)
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+    conv_inputs: Tensor | None
 
 
 class ShortConv(nn.Conv1d):
@@ -127,18 +112,18 @@ class PaTHLayerCache(PaTHKVCache):
     """
 
     # In `extra`, [B, N, C]: inputs of each row's last real tokens, right-aligned.
-    _WINDOW = "w_inputs"
+    _CONV_INPUTS = "conv_inputs"
 
     @property
-    def window(self) -> Tensor | None:
+    def conv_inputs(self) -> Tensor | None:
         """Inputs of the short convolution of each row's last real tokens, `[B, N, C]`, or None."""
-        return self.extra.get(self._WINDOW)
+        return self.extra.get(self._CONV_INPUTS)
 
-    @window.setter
-    def window(self, inputs: Tensor) -> None:
-        self.extra[self._WINDOW] = inputs
+    @conv_inputs.setter
+    def conv_inputs(self, inputs: Tensor) -> None:
+        self.extra[self._CONV_INPUTS] = inputs
 
-    def window_size(self, reach: int, new: int) -> int:
+    def conv_inputs_needed(self, reach: int, new: int) -> int:
         """Inputs to remember, so that `crop` finds those before the cut.
 
         Args:
@@ -147,24 +132,24 @@ class PaTHLayerCache(PaTHKVCache):
         """
         if not self.history:
             return reach + self.keep_open + FOLD
-        return (reach if self.window is None else self.window.shape[1]) + new
+        return (reach if self.conv_inputs is None else self.conv_inputs.shape[1]) + new
 
     def crop(self, length: int) -> None:
         """Forget all columns from `length` on; `PaTHKVCache.crop` says how far that reaches."""
         removed = max(0, self.length - length)
-        valid, window = self.valid, self.window
+        valid, inputs = self.valid, self.conv_inputs
         super().crop(length)
-        if window is None or removed == 0:
+        if inputs is None or removed == 0:
             return
         if self.length == 0:
-            del self.extra[self._WINDOW]
+            del self.extra[self._CONV_INPUTS]
         elif valid is None:
-            self.window = F.pad(window, (0, 0, removed, 0))[:, : window.shape[1]]
+            self.conv_inputs = F.pad(inputs, (0, 0, removed, 0))[:, : inputs.shape[1]]
         else:
-            size, real = window.shape[1], valid[:, -removed:].sum(1)
+            size, real = inputs.shape[1], valid[:, -removed:].sum(1)
             index = torch.arange(size, device=real.device) - real[:, None]
-            moved = window.gather(1, index.clamp(min=0)[..., None].expand_as(window))
-            self.window = moved * (index >= 0)[..., None]
+            moved = inputs.gather(1, index.clamp(min=0)[..., None].expand_as(inputs))
+            self.conv_inputs = moved * (index >= 0)[..., None]
 
 
 class PaTHAttention(nn.Module):
@@ -195,7 +180,7 @@ class PaTHAttention(nn.Module):
         block_size: See `path_attention`.
 
     Raises:
-        UserError: sizes or names do not fit.
+        UserError: an option does not fit; the message says which.
 
     Example:
         >>> import torch
@@ -231,21 +216,27 @@ class PaTHAttention(nn.Module):
         block_size: int = 64,
     ) -> None:
         super().__init__()
+        check_attention(
+            {
+                "hidden_size": hidden_size,
+                "num_heads": num_heads,
+                "num_kv_heads": num_kv_heads,
+                "head_dim": head_dim,
+                "position_encoding": position_encoding,
+                "gate_scale": gate_scale,
+                "num_reflections": num_reflections,
+                "low_rank_w": low_rank_w,
+                "conv_size": conv_size,
+                "w_norm_eps": w_norm_eps,
+                "max_beta": max_beta,
+                "norm_eps": norm_eps,
+                "window": window,
+                "softcap": softcap,
+                "backend": backend,
+                "block_size": block_size,
+            }
+        )
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads % num_kv_heads:
-            raise UserError(
-                f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}."
-            )
-        if head_dim is None and hidden_size % num_heads:
-            raise UserError(
-                f"hidden_size {hidden_size} is not a multiple of num_heads {num_heads}."
-            )
-        if position_encoding not in _ENCODINGS:
-            raise UserError(
-                f"position_encoding is {position_encoding!r}; it must be one of "
-                f"{', '.join(_ENCODINGS)}."
-                f"{suggest(position_encoding, _ENCODINGS)}"
-            )
         self.hidden_size, self.num_heads, self.num_kv_heads = hidden_size, num_heads, num_kv_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.position_encoding, self.gate_scale = position_encoding, gate_scale
@@ -259,8 +250,8 @@ class PaTHAttention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, kv, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden_size, kv, bias=qkv_bias)
         self.o_proj = nn.Linear(out, hidden_size, bias=o_bias)
-        self.q_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, norm_eps) if qk_norm else None
+        self.q_norm = nn.RMSNorm(self.head_dim, norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, norm_eps) if qk_norm else None
         self.uses_reflections = position_encoding in ("path", "path_fox")
         self.uses_gate = position_encoding in ("path_fox", "fox")
         if self.uses_reflections:
@@ -375,8 +366,8 @@ class PaTHAttention(nn.Module):
             backend=self.backend,  # type: ignore[arg-type]
             block_size=self.block_size,
         )
-        if cache is not None and inputs.window is not None:
-            cache.window = inputs.window
+        if cache is not None and inputs.conv_inputs is not None:
+            cache.conv_inputs = inputs.conv_inputs
         return self.o_proj(o.flatten(2)), cache
 
     def project(
@@ -390,25 +381,27 @@ class PaTHAttention(nn.Module):
     ) -> AttentionInputs:
         """Compute what attention is done with; arguments as in `forward`, the mask `[B, T]` bool.
 
-        The cache is read, not changed: `AttentionInputs.window` is what it should remember next.
+        The cache is read, not changed: `AttentionInputs.conv_inputs` is what it should
+        remember next.
         """
         q = self.q_proj(hidden_states).unflatten(2, (self.num_heads, self.head_dim))
         k = self.k_proj(hidden_states).unflatten(2, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(hidden_states).unflatten(2, (self.num_kv_heads, self.head_dim))
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            wide = self.q_norm.weight.dtype  # under autocast the weight is wider than q and k
+            q, k = self.q_norm(q.to(wide)), self.k_norm(k.to(wide))
         if self.position_encoding == "rope":
             if position_embeddings is None:
                 raise UserError("position_encoding 'rope' needs position_embeddings=(cos, sin).")
             q, k = self._rotate(q, k, *position_embeddings, unsqueeze_dim=2)
         q, k = q.to(v.dtype), k.to(v.dtype)
-        w = beta = window = g = None
+        w = beta = conv_inputs = g = None
         if self.uses_reflections:
-            w, window = self._directions(hidden_states, mask, cache, cu_seqlens)
+            w, conv_inputs = self._directions(hidden_states, mask, cache, cu_seqlens)
             beta = self._strengths(hidden_states, v.dtype)
         if self.uses_gate:
             g = F.logsigmoid(_wide(self.g_proj(hidden_states)))
-        return AttentionInputs(q, k, v, w, beta, g, window)
+        return AttentionInputs(q, k, v, w, beta, g, conv_inputs)
 
     def _directions(
         self,
@@ -417,22 +410,22 @@ class PaTHAttention(nn.Module):
         cache: PaTHLayerCache | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        w, window = self.w_proj(hidden_states), None
+        w, conv_inputs = self.w_proj(hidden_states), None
         if self.w_conv1d is not None:
             reach = self.w_conv1d.kernel_size[0] - 1
-            remember = 0 if cache is None else cache.window_size(reach, w.shape[1])
-            w, window = self.w_conv1d(
+            remember = 0 if cache is None else cache.conv_inputs_needed(reach, w.shape[1])
+            w, conv_inputs = self.w_conv1d(
                 w,
                 attention_mask=mask,
                 cu_seqlens=cu_seqlens,
-                before=None if cache is None else cache.window,
+                before=None if cache is None else cache.conv_inputs,
                 remember=remember,
             )
         heads = (self.num_kv_heads, self.head_dim)
         if self.num_reflections > 1:
             heads = (self.num_kv_heads, self.num_reflections, self.head_dim)
         w = _wide(w).unflatten(2, heads)
-        return w * torch.rsqrt(w.pow(2).sum(-1, keepdim=True) + self.w_norm_eps), window
+        return w * torch.rsqrt(w.pow(2).sum(-1, keepdim=True) + self.w_norm_eps), conv_inputs
 
     def _strengths(self, hidden_states: Tensor, dtype: torch.dtype) -> Tensor:
         beta = 2 * torch.sigmoid(_wide(self.bt_proj(hidden_states)))

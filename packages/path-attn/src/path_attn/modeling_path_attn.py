@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from path_attn.configuration_path_attn import PaTHConfig
-from path_attn.layers import PaTHAttention, PaTHLayerCache, RMSNorm, ShortConv, new_columns_mask
+from path_attn.layers import PaTHAttention, PaTHLayerCache, ShortConv, new_columns_mask
 from tenfold_common.errors import UserError
 
 ASSISTED_KEEP_OPEN = 128  # tokens that assisted decoding may take back
@@ -53,17 +53,13 @@ class PaTHCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Not used: `PaTHAttention` fills its own cache."""
-        raise UserError(
-            "PaTHCache is filled by PaTHAttention; it cannot serve another kind of attention."
-        )
+        raise _foreign_attention()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Not used: `PaTHAttention` fills its own cache."""
-        raise UserError(
-            "PaTHCache is filled by PaTHAttention; it cannot serve another kind of attention."
-        )
+        raise _foreign_attention()
 
     def activate_past_recording(self) -> None:
         """Keep more columns croppable from here on, if the cache is still empty."""
@@ -91,12 +87,12 @@ class PaTHCacheLayer(CacheLayerMixin):
         self.state = PaTHLayerCache(keep_open=self.state.keep_open, history=self.state.history)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was; `beam_idx` is `[B]` int64."""
-        self.state.reorder(beam_idx)
+        """Row i becomes what row `beam_idx[i]` was; `beam_idx` is `[B]` int32 or int64."""
+        self.state.reorder(beam_idx.long())  # beam search counts rows in int32
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows, in this order."""
-        self.state.reorder(indices)
+        self.state.reorder(indices.long())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, copies side by side."""
@@ -150,9 +146,9 @@ class PaTHDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: PaTHConfig) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = PaTHAttention.from_config(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = PaTHMLP(config)
 
     def forward(
@@ -198,10 +194,22 @@ class PaTHPreTrainedModel(PreTrainedModel):
 
 
 class PaTHModel(PaTHPreTrainedModel):
-    """The decoder without its output matrix.
+    """The decoder without its output matrix: token ids `[B, T]` to hidden states `[B, T, D]`.
+
+    An embedding, `num_hidden_layers` pre-norm blocks of attention and gated MLP, and a last RMS
+    norm. D is `config.hidden_size`; the states have the dtype of the weights. `forward` says what
+    masks, packed rows and caches look like.
 
     Args:
         config: Sizes and options.
+
+    Example:
+        >>> import torch
+        >>> config = PaTHConfig(
+        ...     vocab_size=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
+        ... )
+        >>> PaTHModel(config)(torch.tensor([[3, 4, 5]])).last_hidden_state.shape
+        torch.Size([1, 3, 32])
     """
 
     def __init__(self, config: PaTHConfig) -> None:
@@ -210,7 +218,7 @@ class PaTHModel(PaTHPreTrainedModel):
         self.layers = nn.ModuleList(
             PaTHDecoderLayer(config) for _ in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         is_rope = config.position_encoding == "rope"
         self.rotary_emb = LlamaRotaryEmbedding(config) if is_rope else None  # type: ignore[arg-type]
         self.gradient_checkpointing = False
@@ -447,6 +455,12 @@ class PaTHForCausalLM(PaTHPreTrainedModel, GenerationMixin):
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             model_kwargs["past_key_values"] = cache
+
+
+def _foreign_attention() -> UserError:
+    return UserError(
+        "PaTHCache is filled by PaTHAttention; it cannot serve another kind of attention."
+    )
 
 
 def _drop_if_full(mask: Tensor | None) -> Tensor | None:

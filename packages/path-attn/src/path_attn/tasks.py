@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from path_attn.config import GROUPS, TrainConfig
+from path_attn.files import check_text_file
 from tenfold_common.errors import UserError
 
 if TYPE_CHECKING:
@@ -370,13 +371,8 @@ def read_text(path: str | Path) -> str:
     Raises:
         UserError: not there, a directory, not readable, empty, or not UTF-8 text.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a directory; --data needs one text file.")
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    check_text_file(path)
+    raw = Path(path).read_bytes()
     if not raw.strip():
         raise UserError(f"{path} is empty.")
     try:
@@ -408,9 +404,8 @@ def task_tokenizer(config: TrainConfig) -> "PreTrainedTokenizerBase":
 
     if config.task != "text":
         words = _generated(config, config.length or 128, 1, "train", None).words
-        return word_tokenizer(
-            [w for w in words if w != "<bos>"]
-        )  # it brings <pad>, <bos>, <eos>, <unk> itself
+        # <pad>, <bos>, <eos> and <unk> are added by the tokenizer itself
+        return word_tokenizer([w for w in words if w != "<bos>"])
     if config.tokenizer is None:
         return byte_tokenizer()
     from transformers import AutoTokenizer

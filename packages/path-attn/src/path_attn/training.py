@@ -1,46 +1,47 @@
-"""Training through `transformers.Trainer`: torchrun, accelerate and FSDP work as elsewhere.
+"""Training through `transformers.Trainer`, in one process or several.
 
-out/run/train_config.json   what was asked for
-out/run/metrics.jsonl       one line per log
-out/run/checkpoint-N/       complete only with its COMPLETE marker; resume takes the newest complete
-one out/run/final/              model, tokenizer, train_config.json, evaluation.json: for `generate`
-and `eval`
+The tests run one process, and two gloo processes started by torchrun. Other options of
+`TrainingArguments`, those of FSDP and DeepSpeed among them, are passed through untested.
+
+What a run leaves in its folder:
+
+    train_config.json   what was asked for
+    metrics.jsonl       one line per log
+    checkpoint-N/       complete only with its COMPLETE marker; resume takes the newest complete one
+    final/              for `generate` and `eval`: model, tokenizer, train_config.json and
+                        evaluation.json
 """
 
 import dataclasses
 import json
 import logging
 import os
-import re
 import shutil
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch.utils.data import Dataset
 from transformers import (
     PrinterCallback,
-    Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
     default_data_collator,
 )
 
-from path_attn.config import TrainConfig
+from path_attn.checks import choose_backend
+from path_attn.config import COMPARISON_FILE, TrainConfig, read_config_file
 from path_attn.configuration_path_attn import (
     PaTHConfig,
     count_parameters,
     matched_intermediate_size,
 )
+from path_attn.files import check_model_folder, locked_folder, write_json
 from path_attn.modeling_path_attn import PaTHForCausalLM
 from path_attn.tasks import task_dataset, task_tokenizer
+from path_attn.trainer import AtomicTrainer, MetricsFile, StopOnSignal, Stopped, delete_folder
 from tenfold_common.atomic import (
     atomic_write,
     is_complete,
@@ -92,146 +93,6 @@ _OWN_ARGUMENTS = {
 }
 
 
-class AtomicTrainer(Trainer):
-    """A `transformers.Trainer` whose checkpoint folders are either marked complete or never used.
-
-    A checkpoint gets its marker after everything is on the disk, and older ones are deleted after
-    that, so a kill at any moment leaves the last complete one.
-
-    Args:
-        keep: How many complete checkpoints to keep, at least 2.
-        **arguments: Those of `transformers.Trainer`.
-    """
-
-    def __init__(self, *, keep: int = 2, **arguments: Any) -> None:
-        """Take the place of the Trainer's own deletion of old checkpoints."""
-        if keep < 2:
-            raise UserError(f"keep is {keep}; it must be at least 2.")
-        super().__init__(**arguments)
-        if self.args.save_total_limit is not None:
-            raise UserError(
-                "AtomicTrainer deletes old checkpoints itself; leave save_total_limit at None and "
-                "set keep."
-            )
-        self.keep = keep
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None
-    ) -> None:
-        """Save the model without the pickle of the arguments, which nothing reads."""
-        super()._save(output_dir, state_dict)
-        (Path(output_dir or str(self.args.output_dir)) / "training_args.bin").unlink(
-            missing_ok=True
-        )
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint, mark it complete, then delete what is no longer wanted."""
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            _delete(folder)  # what an earlier, killed run left under the same name
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            mark_complete(folder)
-            complete = [p for p in _checkpoints(folder.parent) if is_complete(p)]
-            best = self.state.best_model_checkpoint
-            keep = {p.resolve() for p in complete[-self.keep :]} | {folder.resolve()}
-            keep |= {Path(best).resolve()} if best else set()
-            for old in _checkpoints(folder.parent):
-                if old.resolve() not in keep:
-                    _delete(old)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoint folders, oldest step first."""
-    found = [
-        p
-        for p in folder.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()
-    ]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
-
-
-def _delete(folder: Path) -> None:
-    """Delete a folder, its marker first: a kill half way leaves nothing that looks complete."""
-    if folder.is_dir():
-        (folder / "COMPLETE").unlink(missing_ok=True)
-        shutil.rmtree(folder)
-
-
-class MetricsFile(TrainerCallback):
-    """Writes every log as one JSON line; a resumed run continues where its checkpoint was."""
-
-    def __init__(self, path: Path) -> None:
-        """Remember the path."""
-        self.path = path
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
-        """Start the file with the logs up to the checkpoint; later steps will be repeated."""
-        if state.is_world_process_zero:
-            with atomic_write(self.path, "w") as file:
-                file.writelines(json.dumps(row) + "\n" for row in state.log_history)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
-        """Append the newest log."""
-        if state.is_world_process_zero:
-            row = state.log_history[-1]
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            if "loss" in row:
-                logger.info("step %d of %d: loss %.4f", row["step"], state.max_steps, row["loss"])
-
-
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM: save and stop at the next logged step; a second one stops at once.
-
-    Waiting for a logged step keeps the logged losses equal to those of an uninterrupted run. Only
-    for a single
-    process: several could stop at different steps and wait for each other for ever.
-    """
-
-    def __init__(self) -> None:
-        """Nothing received yet."""
-        self.received: int | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the signals inside the block and put the old handlers back after it."""
-        import threading
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        old = {
-            number: signal.signal(number, self._handle)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-        logger.warning("stopping after the next logged step; once more stops at once")
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
-        """Ask the Trainer to save and stop."""
-        if self.received is not None and state.global_step % int(args.logging_steps) == 0:
-            control.should_save = True
-            control.should_training_stop = True
-
-
 def train(config: TrainConfig) -> Path:
     """Train one model and return its final folder.
 
@@ -242,12 +103,11 @@ def train(config: TrainConfig) -> Path:
         `output_dir/final`: loads with `PaTHForCausalLM.from_pretrained` and `AutoTokenizer`.
 
     Raises:
-        UserError: an option, the data or the output folder does not fit.
+        UserError: an option, the data or the output folder does not fit, or another run writes to
+            the folder. Nothing was written.
         CheckpointError: `resume` was asked for and every checkpoint that was complete is damaged.
-        KeyboardInterrupt: stopped by a signal, after saving a checkpoint.
+        Stopped: a signal came; a checkpoint was saved. It is a `KeyboardInterrupt`.
     """
-    from path_attn.evaluate import evaluate_model
-
     config = config.resolved()
     if config.output_dir is None:
         raise UserError("output_dir is needed: the folder for checkpoints and the final model.")
@@ -263,17 +123,38 @@ def train(config: TrainConfig) -> Path:
         config, tokenizer, split="validation", size=4 * arguments.eval_batch_size
     )
 
-    with arguments.main_process_first(desc="preparing the output folder"):
-        if main:
-            _prepare_folder(config, out)
+    torch.manual_seed(config.seed)
+    model = build_model(config, tokenizer)  # before anything is written: it may not fit
+    _check_backend(model.config, arguments.device)
+
+    if main and config.resume:
+        _check_same_run(config, out)
+    with locked_folder(out) if main else nullcontext():
+        with arguments.main_process_first(desc="preparing the output folder"):
+            if main:
+                _prepare_folder(config, out)
+        return _train_in(out, config, arguments, tokenizer, model, data, validation)
+
+
+def _train_in(
+    out: Path,
+    config: TrainConfig,
+    arguments: TrainingArguments,
+    tokenizer: "PreTrainedTokenizerBase",
+    model: PaTHForCausalLM,
+    data: Dataset[dict[str, torch.Tensor]],
+    validation: Dataset[dict[str, torch.Tensor]],
+) -> Path:
+    """Train, evaluate and save in a folder that is ready; return its final folder."""
+    from path_attn.evaluate import evaluate_model
+
+    main = arguments.process_index == 0
     final = out / FINAL
     if config.resume and is_complete(final):
         logger.info("%s is complete; nothing to do", final)
         return final
     checkpoint = _resume_point(out) if config.resume else None
 
-    torch.manual_seed(config.seed)
-    model = build_model(config, tokenizer)
     stop = StopOnSignal()
     callbacks: list[TrainerCallback] = [MetricsFile(out / METRICS_FILE)]
     single = arguments.world_size == 1
@@ -297,7 +178,7 @@ def train(config: TrainConfig) -> Path:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         logger.warning("stopped at step %d; go on with --resume", trainer.state.global_step)
-        raise KeyboardInterrupt
+        raise Stopped(stop.received)
 
     unfinished = out / f".{FINAL}.unfinished"
     if main:
@@ -307,8 +188,7 @@ def train(config: TrainConfig) -> Path:
     trainer.accelerator.wait_for_everyone()
     if main:
         tokenizer.save_pretrained(unfinished)
-        _write_json(unfinished / CONFIG_FILE, _portable(config))
-        logger.info("evaluating")
+        write_json(unfinished / CONFIG_FILE, _portable(config))
         report = evaluate_model(_whole_model(unfinished, arguments.device), tokenizer, config)
         report["training"] = {
             "steps": trainer.state.global_step,
@@ -317,9 +197,9 @@ def train(config: TrainConfig) -> Path:
             ),
             "parameters": count_parameters(model.config),
         }
-        _write_json(unfinished / EVALUATION_FILE, report)
+        write_json(unfinished / EVALUATION_FILE, report)
         mark_complete(unfinished)
-        _delete(final)
+        delete_folder(final)
         unfinished.replace(final)
     trainer.accelerator.wait_for_everyone()
     return final
@@ -339,9 +219,6 @@ def train_each(config: TrainConfig, position_encodings: list[str]) -> Path:
     Raises:
         UserError: as `train`, or an encoding comes twice.
     """
-    from path_attn.evaluate import comparison_markdown, write_comparison_plot
-    from tenfold_common.optional import is_available
-
     if len(set(position_encodings)) < len(position_encodings):
         raise UserError(f"position_encoding names one twice: {' '.join(position_encodings)}.")
     if config.output_dir is None:
@@ -355,15 +232,32 @@ def train_each(config: TrainConfig, position_encodings: list[str]) -> Path:
         )
         for name in position_encodings
     ]
-    for one in configs:
-        one.resolved()
     out = Path(config.output_dir)
-    if int(os.environ.get("RANK", "0")) == 0:
-        prepare_output_dir(out, resume=config.resume, overwrite=config.overwrite)
+    main = int(os.environ.get("RANK", "0")) == 0
+    for one in configs:  # before anything is written
+        checked = one.resolved()
+        built = model_config(checked, task_tokenizer(checked))
+        _check_backend(built, resolve_device(config.device).value)
+        folder = Path(one.output_dir or "")
+        if main and config.resume and (folder / CONFIG_FILE).is_file():
+            _check_same_run(checked, folder)
+    with locked_folder(out) if main else nullcontext():
+        if main:
+            prepare_output_dir(out, resume=config.resume, overwrite=config.overwrite)
+            told = {**_portable(config.resolved()), "position_encoding": position_encodings}
+            write_json(out / COMPARISON_FILE, told)
+        return _train_each_in(out, config, configs)
+
+
+def _train_each_in(out: Path, config: TrainConfig, configs: list[TrainConfig]) -> Path:
+    """Train the models of a comparison in a folder that is ready, and write the comparison."""
+    from path_attn.evaluate import comparison_markdown, write_comparison_plot
+    from tenfold_common.optional import is_available
+
     reports = {}
     for one in configs:
         logger.info("position encoding %s", one.position_encoding)
-        fresh = config.resume and not Path(one.output_dir or "").exists()
+        fresh = config.resume and not (out / one.position_encoding / CONFIG_FILE).is_file()
         final = train(dataclasses.replace(one, resume=config.resume and not fresh))
         reports[one.position_encoding] = json.loads(
             (final / EVALUATION_FILE).read_text(encoding="utf-8")
@@ -374,7 +268,7 @@ def train_each(config: TrainConfig, position_encodings: list[str]) -> Path:
     del settings["position_encoding"]
     comparison = {"config": settings, "results": reports}
     if int(os.environ.get("RANK", "0")) == 0:
-        _write_json(out / "comparison.json", comparison)
+        write_json(out / "comparison.json", comparison)
         with atomic_write(out / "comparison.md", "w") as file:
             file.write(comparison_markdown(comparison))
         if is_available("matplotlib"):
@@ -434,6 +328,12 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             raise UserError(
                 f"training_args has an unknown name {name!r}.{suggest(name, sorted(known))}"
             )
+    accumulation = config.training_args.get("gradient_accumulation_steps", 1)
+    if not isinstance(accumulation, int) or accumulation < 1:
+        raise UserError(
+            f"training_args has gradient_accumulation_steps {accumulation!r}; it must be a whole "
+            "number of at least 1."
+        )
     device, why = resolve_device(config.device)
     dtype, why_dtype = resolve_dtype(config.dtype, device)
     logger.info("device %s (%s), %s (%s)", device, why, dtype, why_dtype)
@@ -488,21 +388,37 @@ def read_run_config(folder: str | Path) -> TrainConfig:
     return TrainConfig.from_dict(values, source=str(path))
 
 
-def _prepare_folder(config: TrainConfig, out: Path) -> None:
-    """Make the folder, or check that the run in it is the one being resumed."""
-    if config.resume and (out / CONFIG_FILE).is_file():
-        before, now = read_run_config(out).to_dict(), _portable(config)
-        for name in now:
-            if name not in _FREE_ON_RESUME and before[name] != now[name]:
-                raise UserError(
-                    f"{out} was started with {name} {before[name]!r}, not {now[name]!r}; a resumed "
-                    "run cannot change it."
-                )
-    elif config.resume:
+def _check_backend(config: PaTHConfig, device: torch.device) -> None:
+    """Raise `UserError` if the back-end that was asked for does not run on the device."""
+    if config.backend == "triton":
+        head = torch.zeros(1, 1, 1, config.head_dim or 1, device=device)
+        choose_backend(config.backend, head, head)
+
+
+def _check_same_run(config: TrainConfig, out: Path) -> None:
+    """Raise `UserError` unless the run in a folder is the one being resumed."""
+    if (out / COMPARISON_FILE).is_file():
+        names = " ".join(read_config_file(out / COMPARISON_FILE).get("position_encoding", []))
+        raise UserError(
+            f"{out} holds a comparison of {names}; go on with all of them, or with one in its own "
+            f"folder: --output_dir {out / config.position_encoding}."
+        )
+    if not (out / CONFIG_FILE).is_file():
         raise UserError(f"{out} holds no run to resume (no {CONFIG_FILE}).")
+    before, now = read_run_config(out).to_dict(), _portable(config)
+    for name in now:
+        if name not in _FREE_ON_RESUME and before[name] != now[name]:
+            raise UserError(
+                f"{out} was started with {name} {before[name]!r}, not {now[name]!r}; a resumed "
+                "run cannot change it."
+            )
+
+
+def _prepare_folder(config: TrainConfig, out: Path) -> None:
+    """Empty the folder or leave its content, as asked for, and store the configuration."""
     prepare_output_dir(out, resume=config.resume, overwrite=config.overwrite)
     try:
-        _write_json(out / CONFIG_FILE, _portable(config))
+        write_json(out / CONFIG_FILE, _portable(config))
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}") from error
 
@@ -524,8 +440,7 @@ def _resume_point(out: Path) -> Path | None:
     if newest is None and damaged:
         raise CheckpointError(
             f"{out} has no checkpoint to resume from, and one that was complete is damaged: "
-            f"{damaged[0][1]}. "
-            "Start again with --overwrite."
+            f"{damaged[0][1]}. Start again with --overwrite."
         )
     if newest is None:
         logger.warning("%s has no complete checkpoint yet; starting from the first step", out)
@@ -557,12 +472,6 @@ def _whole_model(folder: Path, device: torch.device) -> PaTHForCausalLM:
     return PaTHForCausalLM.from_pretrained(folder).to(device)  # pyright: ignore[reportArgumentType]
 
 
-def _write_json(path: Path, value: object) -> None:
-    with atomic_write(path, "w") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-
-
 def load_run(
     folder: str | Path, device: str = "auto"
 ) -> "tuple[PaTHForCausalLM, PreTrainedTokenizerBase, Path]":
@@ -584,10 +493,11 @@ def load_run(
     from transformers import AutoTokenizer
 
     path = Path(folder)
-    if not path.is_dir():
+    check_model_folder(path)
+    models = [p.parent.parent for p in sorted(path.glob(f"*/{FINAL}/config.json"))]
+    if models and not (path / CONFIG_FILE).is_file():
         raise UserError(
-            f"{path} is {'a file' if path.exists() else 'not there'}; give the folder of a trained "
-            "model."
+            f"{path} holds several models; give one of {', '.join(str(p) for p in models)}."
         )
     if not (path / "config.json").is_file() and (path / FINAL / "config.json").is_file():
         path = path / FINAL

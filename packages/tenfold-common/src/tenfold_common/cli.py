@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from typing import NoReturn
 
 from tenfold_common.errors import CheckpointError, MissingDependencyError, UserError, suggest
@@ -86,28 +87,31 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--debug", action="store_true", default=hidden, help="show tracebacks")
 
+    def add_subparsers(self, **named):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Make room for verbs, whose parsers raise `UserError` for what they do not know."""
+        named.setdefault("parser_class", _VerbParser)
+        return super().add_subparsers(**named)
+
     def parse_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Parse all arguments; an unknown one raises `UserError` with the nearest option."""
-        words = list(sys.argv[1:] if args is None else args)
-        parsed, unknown = self.parse_known_args(words, namespace)
-        if unknown:
-            name = unknown[0].split("=")[0]
-            near = suggest(name, self._options(words)) if name.startswith("-") else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}.{near}")
+        parsed, unknown = self.parse_known_args(args, namespace)
+        self._refuse(unknown)
         return parsed
 
     def error(self, message: str) -> NoReturn:
         """Raise `UserError` with the message and where to find help."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
-    def _options(self, words: list[str]) -> list[str]:
-        """Collect the option names of this parser and of the verbs among the words."""
-        found = list(self._option_string_actions)
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for verb, parser in action.choices.items():
-                    found += parser._options(words) if verb in words else []
-        return found
+    def _refuse(self, unknown: list[str]) -> None:
+        """Raise `UserError` if anything is left over, with the nearest of this parser's options."""
+        if not unknown:
+            return
+        near, name = "", unknown[0].split("=")[0]
+        if name.startswith("-"):  # compared without the dashes, which all options share
+            options = {option.lstrip("-"): option for option in self._option_string_actions}
+            close = get_close_matches(name.lstrip("-"), options, n=1)
+            near = f" Did you mean {options[close[0]]!r}?" if close else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}.{near}")
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
@@ -116,6 +120,15 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(
                 action, f"invalid choice {str(value)!r}; choose from {', '.join(names)}.{near}"
             )
+
+
+class _VerbParser(Parser):
+    """The parser of a verb: it refuses unknown arguments itself, so that the hints are its own."""
+
+    def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        parsed, unknown = super().parse_known_args(args, namespace)
+        self._refuse(unknown)
+        return parsed, unknown
 
 
 def base_parser(prog: str, description: str, version: str) -> Parser:

@@ -1,0 +1,173 @@
+"""The Trainer whose checkpoints survive a kill, and what listens to it: metrics and signals."""
+
+import json
+import logging
+import re
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tenfold_common.atomic import atomic_write, is_complete, mark_complete
+from tenfold_common.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class AtomicTrainer(Trainer):
+    """A `transformers.Trainer` whose checkpoint folders are either marked complete or never used.
+
+    A checkpoint gets its marker after everything is on the disk, and older ones are deleted after
+    that, so a kill at any moment leaves the last complete one.
+
+    Args:
+        keep: How many complete checkpoints to keep, at least 2.
+        **arguments: Those of `transformers.Trainer`.
+    """
+
+    def __init__(self, *, keep: int = 2, **arguments: Any) -> None:
+        """Take the place of the Trainer's own deletion of old checkpoints."""
+        if keep < 2:
+            raise UserError(f"keep is {keep}; it must be at least 2.")
+        super().__init__(**arguments)
+        if self.args.save_total_limit is not None:
+            raise UserError(
+                "AtomicTrainer deletes old checkpoints itself; leave save_total_limit at None and "
+                "set keep."
+            )
+        self.keep = keep
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """Save the model without the pickle of the arguments, which nothing reads."""
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or str(self.args.output_dir)) / "training_args.bin").unlink(
+            missing_ok=True
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, mark it complete, then delete what is no longer wanted."""
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            delete_folder(folder)  # what an earlier, killed run left under the same name
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            mark_complete(folder)
+            complete = [p for p in _checkpoints(folder.parent) if is_complete(p)]
+            best = self.state.best_model_checkpoint
+            keep = {p.resolve() for p in complete[-self.keep :]} | {folder.resolve()}
+            keep |= {Path(best).resolve()} if best else set()
+            for old in _checkpoints(folder.parent):
+                if old.resolve() not in keep:
+                    delete_folder(old)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint folders, oldest step first."""
+    found = [
+        p
+        for p in folder.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()
+    ]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder, its marker first: a kill half way leaves nothing that looks complete."""
+    if folder.is_dir():
+        (folder / "COMPLETE").unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+class MetricsFile(TrainerCallback):
+    """Writes every log as one JSON line; a resumed run continues where its checkpoint was."""
+
+    def __init__(self, path: Path) -> None:
+        """Remember the path."""
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Start the file with the logs up to the checkpoint; later steps will be repeated."""
+        if state.is_world_process_zero:
+            with atomic_write(self.path, "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in state.log_history)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Append the newest log."""
+        if state.is_world_process_zero:
+            row = state.log_history[-1]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            if "loss" in row:
+                logger.info("step %d of %d: loss %.4f", row["step"], state.max_steps, row["loss"])
+
+
+class Stopped(KeyboardInterrupt):
+    """A training run was stopped by a signal.
+
+    Attributes:
+        number: The signal, SIGINT or SIGTERM.
+    """
+
+    def __init__(self, number: int) -> None:
+        """Remember the signal."""
+        super().__init__(number)
+        self.number = number
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C or SIGTERM: save and stop at the next logged step; a second one stops at once.
+
+    Waiting for a logged step keeps the logged losses equal to those of an uninterrupted run. Only
+    for a single process: several could stop at different steps and wait for each other for ever.
+    """
+
+    def __init__(self) -> None:
+        """Nothing received yet."""
+        self.received: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals inside the block and put the old handlers back after it."""
+        import threading
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        old = {
+            number: signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise Stopped(number)
+        self.received = number
+        logger.warning("stopping after the next logged step; once more stops at once")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Ask the Trainer to save and stop."""
+        if self.received is not None and state.global_step % int(args.logging_steps) == 0:
+            control.should_save = True
+            control.should_training_stop = True
