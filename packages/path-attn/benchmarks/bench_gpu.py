@@ -99,7 +99,9 @@ def timed(function: Callable[[], object]) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile in milliseconds, with the L2 cache flushed between runs."""
     from triton.testing import do_bench
 
-    p20, median, p80 = do_bench(function, warmup=10, rep=60, quantiles=[0.2, 0.5, 0.8])
+    quantiles = do_bench(function, warmup=10, rep=60, quantiles=[0.2, 0.5, 0.8])
+    assert isinstance(quantiles, list | tuple)  # one number per quantile asked for
+    p20, median, p80 = quantiles
     return median, p20, p80
 
 

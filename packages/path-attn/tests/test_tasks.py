@@ -202,7 +202,7 @@ class TestIdentityOfItems:
     def test_item_depends_on_seed_split_and_index_only(self, kind):
         make = DATASETS[kind]
         one, other = make(size=50, seed=7), make(size=9, seed=7)
-        other[3], other[8]  # reading order leaves no trace
+        _ = other[3], other[8]  # reading order leaves no trace
         assert torch.equal(one[5]["input_ids"], other[5]["input_ids"])
         assert torch.equal(one[5]["input_ids"], one[5]["input_ids"])
         distinct = {
