@@ -63,7 +63,8 @@ def main(argv: list[str]) -> int:
     for row in rows:
         print(_line(row))  # noqa: T201
     if args.json:
-        command = f"path-attn bench {args.what} --threads {args.threads} --repeats {args.repeats}"
+        sizes = " ".join(map(str, lengths))
+        command = f"path-attn bench {args.what} --lengths {sizes} --threads {args.threads} --repeats {args.repeats}"
         write_bench(
             args.json,
             package="path-attn",
