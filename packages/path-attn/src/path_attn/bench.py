@@ -64,7 +64,8 @@ def main(argv: list[str]) -> int:
         print(_line(row))  # noqa: T201
     if args.json:
         sizes = " ".join(map(str, lengths))
-        command = f"path-attn bench {args.what} --lengths {sizes} --threads {args.threads} --repeats {args.repeats}"
+        command = f"path-attn bench {args.what} --lengths {sizes} --threads {args.threads}"
+        command += f" --repeats {args.repeats}"
         write_bench(
             args.json,
             package="path-attn",
