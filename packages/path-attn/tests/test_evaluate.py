@@ -119,7 +119,7 @@ class TestTaskError:
 class TestSets:
     def test_sparse_has_few_reads_and_dense_many(self, caplog):
         """Of 20 pairs the last is a read and 18 are one with probability (1 - p)/2 each."""
-        caplog.set_level("INFO")
+        caplog.set_level("INFO", logger="path_attn")
         config = TrainConfig(task="fflm", length=40).resolved()
         tokenizer = task_tokenizer(config)
         model = tiny_llama(len(tokenizer), hidden=16, layers=1)

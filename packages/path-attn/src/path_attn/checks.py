@@ -41,11 +41,11 @@ def choose_backend(backend: str, q: Tensor, v: Tensor) -> str:
             f"head dimensions {q.shape[-1]} and {v.shape[-1]} exceed its {TRITON_MAX_HEAD_DIM}"
         )
     if backend == "triton":
-        require("triton", extra="triton", package="path-attn")
         if obstacle is not None and not _interpreting():
             raise UserError(
                 f"backend 'triton' does not fit: {obstacle}. Use backend='torch' or 'auto'"
             )
+        require("triton", extra="triton", package="path-attn")
         return backend
     if backend != "auto":
         return backend
