@@ -14,9 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from path_attn import evaluate
 from path_attn.config import TrainConfig, read_config_file
 from path_attn.configuration_path_attn import count_parameters
-from path_attn.files import locked_folder
 from path_attn.tasks import task_tokenizer
-from path_attn.trainer import StopOnSignal, Stopped
 from path_attn.training import (
     build_model,
     load_run,
@@ -25,7 +23,9 @@ from path_attn.training import (
     train_each,
     training_arguments,
 )
+from tenfold_common.atomic import locked_folder
 from tenfold_common.errors import CheckpointError, UserError
+from tenfold_common.trainer import StopOnSignal, Stopped
 
 TINY = {
     "task": "fflm",
@@ -169,7 +169,7 @@ class TestFolder:
     def test_second_run_on_a_folder_is_refused_and_harms_nothing(self, finished, tmp_path):
         """What holds the folder is another process; it lets go when it is killed."""
         code = (
-            "import sys, time; from path_attn.files import locked_folder\n"
+            "import sys, time; from tenfold_common.atomic import locked_folder\n"
             "with locked_folder(sys.argv[1]):\n    print('held', flush=True); time.sleep(60)"
         )
         for folder in (tmp_path, finished):

@@ -23,7 +23,8 @@ from path_attn.config import (
     field_types,
     read_config_file,
 )
-from path_attn.files import check_model_folder, check_output_file, check_text_file, write_json
+from path_attn.files import check_model_folder, check_text_file
+from tenfold_common.atomic import check_output_file, write_json
 from tenfold_common.cli import Parser, base_parser, run, setup_logging
 from tenfold_common.errors import UserError, suggest
 
@@ -189,7 +190,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if config.data is not None:  # before torch is loaded, so that a wrong path is answered at once
         check_text_file(config.data)
     _quiet_libraries()
-    from path_attn.trainer import Stopped
+    from tenfold_common.trainer import Stopped
 
     try:
         _run_training(config, encodings)

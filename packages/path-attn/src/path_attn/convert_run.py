@@ -13,10 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traini
 
 from path_attn.convert import ConvertConfig, convert_rope_model, distill
 from path_attn.evaluate import position_losses
-from path_attn.files import locked_folder, write_json
 from path_attn.fla_checkpoint import from_fla
 from path_attn.tasks import TextChunks, read_text, split_text, text_tokens
-from tenfold_common.atomic import atomic_dir, prepare_output_dir
+from tenfold_common.atomic import atomic_dir, locked_folder, prepare_output_dir, write_json
 from tenfold_common.device import resolve_device
 from tenfold_common.errors import CheckpointError, UserError
 

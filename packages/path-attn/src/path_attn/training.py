@@ -26,6 +26,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import (
     PrinterCallback,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
     default_data_collator,
@@ -38,20 +39,28 @@ from path_attn.configuration_path_attn import (
     count_parameters,
     matched_intermediate_size,
 )
-from path_attn.files import check_model_folder, locked_folder, write_json
+from path_attn.files import check_model_folder
 from path_attn.modeling_path_attn import PaTHForCausalLM
 from path_attn.tasks import task_dataset, task_tokenizer
-from path_attn.trainer import AtomicTrainer, MetricsFile, StopOnSignal, Stopped, delete_folder
 from tenfold_common.atomic import (
     atomic_write,
     is_complete,
+    locked_folder,
     mark_complete,
     newest_complete,
     prepare_output_dir,
     verify,
+    write_json,
 )
 from tenfold_common.device import resolve_device, resolve_dtype
 from tenfold_common.errors import CheckpointError, UserError, suggest
+from tenfold_common.trainer import (
+    AtomicCheckpoints,
+    MetricsFile,
+    StopOnSignal,
+    Stopped,
+    delete_folder,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,6 +100,10 @@ _OWN_ARGUMENTS = {
     "bf16": "dtype",
     "fp16": "dtype",
 }
+
+
+class AtomicTrainer(AtomicCheckpoints, Trainer):
+    """A `transformers.Trainer` whose checkpoint folders are either marked complete or unused."""
 
 
 def train(config: TrainConfig) -> Path:

@@ -7,6 +7,7 @@ altered.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -239,6 +240,73 @@ def prepare_output_dir(
     except OSError as error:
         raise UserError(f"cannot make the output folder {str(path)!r}: {error.strerror}") from error
     return folder
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write a JSON file at once: a kill leaves the old file or the new one.
+
+    Args:
+        path: The file; its folder must exist.
+        value: What `json.dump` takes.
+    """
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+
+
+def check_output_file(path: str | Path) -> None:
+    """Say before a long job whether its output file can be written.
+
+    Args:
+        path: The file to be written later.
+
+    Raises:
+        UserError: it is a folder, or the folder it lies in is absent or not writable.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a directory.")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: the folder {path.parent} is not writable.")
+
+
+@contextmanager
+def locked_folder(folder: str | Path) -> Iterator[Path]:
+    """Make a folder and keep other runs from writing to it inside the block.
+
+    The lock lies on the folder itself, so it leaves no file behind, and the operating system lets
+    go of it when the process ends, killed or not. Where folders cannot be locked (Windows, some
+    network file systems) there is no lock.
+
+    Raises:
+        UserError: another run holds the folder, or it cannot be made.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"the output folder {str(folder)!r} is a file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the output folder {str(folder)!r}: {error.strerror or error}"
+        ) from error
+    try:
+        import fcntl
+    except ImportError:
+        yield folder
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(f"another run is writing to {folder}.") from error
+        yield folder
+    finally:
+        os.close(handle)
 
 
 def _sibling(target: Path) -> Path:

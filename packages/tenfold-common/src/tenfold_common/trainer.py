@@ -1,4 +1,8 @@
-"""The Trainer whose checkpoints survive a kill, and what listens to it: metrics and signals."""
+"""Checkpoints of a Trainer that survive a kill, and what listens to it: metrics and signals.
+
+The one module here that imports torch and transformers at its top: its classes are subclasses of
+theirs. Import it where a Trainer is used.
+"""
 
 import json
 import logging
@@ -9,38 +13,48 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tenfold_common.atomic import atomic_write, is_complete, mark_complete
 from tenfold_common.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # a mixin: the trainer's own class comes after it
+
 logger = logging.getLogger(__name__)
 
 
-class AtomicTrainer(Trainer):
-    """A `transformers.Trainer` whose checkpoint folders are either marked complete or never used.
+class AtomicCheckpoints(_Trainer):
+    """Makes the checkpoint folders of a `transformers.Trainer` complete or unused.
 
     A checkpoint gets its marker after everything is on the disk, and older ones are deleted after
-    that, so a kill at any moment leaves the last complete one.
+    that, so a kill at any moment leaves the last complete one. Put it before the trainer's class:
+    `class MyTrainer(AtomicCheckpoints, Trainer)`.
 
     Args:
         keep: How many complete checkpoints to keep, at least 2.
-        **arguments: Those of `transformers.Trainer`.
+        *arguments: Those of the trainer.
+        **named: The same, by name.
+
+    Raises:
+        UserError: `keep` is below 2, or the arguments leave the deletion to the Trainer.
     """
 
-    def __init__(self, *, keep: int = 2, **arguments: Any) -> None:
+    def __init__(self, *arguments: Any, keep: int = 2, **named: Any) -> None:
         """Take the place of the Trainer's own deletion of old checkpoints."""
         if keep < 2:
             raise UserError(f"keep is {keep}; it must be at least 2.")
-        super().__init__(**arguments)
+        super().__init__(*arguments, **named)
         if self.args.save_total_limit is not None:
             raise UserError(
-                "AtomicTrainer deletes old checkpoints itself; leave save_total_limit at None and "
-                "set keep."
+                "AtomicCheckpoints deletes old checkpoints itself; leave save_total_limit at None "
+                "and set keep."
             )
         self.keep = keep
 
