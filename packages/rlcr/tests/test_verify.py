@@ -118,6 +118,11 @@ def test_impossible_gold_answers_and_lengths_are_refused() -> None:
         ("x+1", "1+x", 1.0),
         ("(1, 2)", "(1,2)", 1.0),
         ("(1, 2)", "(2, 1)", 0.0),
+        ("(1, 2)", "(1, 2, 3)", 0.0),
+        ("(1, 0.5)", r"$(1.0, \frac{1}{2})$", 1.0),
+        ("(1, 2)", "[1, 2]", 0.0),
+        ("(1, 2)", "1", 0.0),
+        ("1,234", "(1,234)", 0.0),
         (r"\{1, 2\}", r"\{2, 1\}", 1.0),
         ("x = 5", "5", 1.0),
         ("7", r"\boxed{7}", 1.0),
@@ -146,6 +151,25 @@ def test_the_cheap_path_agrees_with_math_verify(gold: Fraction, other: Fraction)
         assert MATH.equal(str(answer), str(gold)) == float(expected)
 
 
+@given(*[st.tuples(*[st.sampled_from(["1", "2", "1/2", "0.5", "-1"])] * 2)] * 2)
+def test_points_agree_with_math_verify(gold: tuple, answer: tuple) -> None:
+    from math_verify import parse
+    from math_verify import verify as slow
+
+    texts = [f"({', '.join(point)})" for point in (gold, answer)]
+    expected = slow(*(parse(f"${text}$") for text in texts))
+    assert MATH.equal(texts[1], texts[0]) == float(expected)
+
+
+def test_white_space_that_separates_nothing_makes_no_difference() -> None:
+    same = verify._unwrapped
+    assert same("x + 1") == same("x  +1") == "x+1"
+    assert same(r"$\boxed{( 1, 2 )}$") == "(1,2)"
+    for text in ("1 2", r"5\ (2)", r"\pi x", "Paris, France", r"2 \cdot 3"):
+        assert same(text) == text
+    assert len(same(" " * 200_000 + "1" + " " * 200_000 + "2")) == 3
+
+
 def test_plain_numbers() -> None:
     read = verify.plain_number
     assert read("-1,234.50") == Fraction(-12345, 10)
@@ -163,8 +187,8 @@ def test_verdicts_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "_same", lambda *pair: calls.append(pair) or slow(*pair))
     verifier = MathVerifier(cache_size=2)
     assert verifier.grade(["x+1", "1+x", "1+x", "x+2"], ["x + 1"] * 4) == [1, 1, 1, 0]
-    assert len(calls) == 3
-    verifier.grade(["x+1"], ["x + 1"])  # forgotten: the cache holds two
+    assert len(calls) == 2  # equal texts need no call
+    verifier.grade(["x+3", "1+x"], ["x + 1"] * 2)  # the cache holds two verdicts
     assert len(calls) == 4
 
 
@@ -411,7 +435,7 @@ def test_function_verifier_passes_the_gold_answer_as_it_is() -> None:
 
 def test_verifiers_by_name() -> None:
     for name, kind in (
-        ("exact", ExactMatch),
+        ("exact_match", ExactMatch),
         ("math", MathVerifier),
         ("choice", Choice),
         ("auto", AutoVerifier),
@@ -420,8 +444,8 @@ def test_verifiers_by_name() -> None:
         assert get_verifier(name).name == name
     assert get_verifier(MATH) is MATH
     assert isinstance(get_verifier(lambda answer, gold: True), FunctionVerifier)
-    with pytest.raises(UserError, match="not 'exat'. Did you mean 'exact'"):
-        get_verifier("exat")
+    with pytest.raises(UserError, match=r"not 'exact_mach'\. Did you mean 'exact_match'"):
+        get_verifier("exact_mach")
     with pytest.raises(UserError, match=r"Judge\(model\)"):
         get_verifier("judge")
     with pytest.raises(UserError, match="a name, a Verifier or a function"):

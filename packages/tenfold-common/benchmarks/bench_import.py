@@ -16,7 +16,7 @@ from tenfold_common import __version__, update_between_markers, write_bench
 
 MODULES = [
     *("atomic", "cli", "device", "errors", "optional", "report"),
-    *("results", "seed", "testing", "tiny"),
+    *("results", "seed", "testing", "tiny", "lm"),
 ]
 LIMIT_MS = 50.0
 FOREIGN = "print([m for m in ('torch', 'transformers', 'numpy', 'rich') if m in sys.modules])"

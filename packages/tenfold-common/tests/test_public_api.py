@@ -8,7 +8,8 @@ import tenfold_common
 
 SUBMODULES = [
     *("atomic", "cli", "device", "errors", "optional", "report"),
-    *("results", "seed", "testing", "tiny", "_version"),
+    *("results", "seed", "testing", "tiny", "_version", "lm"),
+    *("lm.base", "lm.scripted", "lm.server", "lm.tokens", "lm.transformers_model", "lm.vllm_model"),
 ]
 NAMES = [
     *("CheckpointError", "Choice", "Claim", "Figure", "MissingDependencyError", "Result", "Sample"),
@@ -26,6 +27,8 @@ NAMES = [
     *("resolve_dtype", "rms_ratio", "run", "seed_everything", "setup_logging", "suggest"),
     *("tiny_llama", "tiny_qwen", "update_between_markers", "verify", "word_tokenizer"),
     "write_bench",
+    *("Generation", "Score", "ScriptedModel", "ServerModel", "TextModel", "TransformersModel"),
+    *("VLLMModel", "load_text_model"),
 ]
 
 

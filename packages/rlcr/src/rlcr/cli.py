@@ -422,7 +422,9 @@ def _vote(arguments: argparse.Namespace) -> int:
         f"{found['consistency']['share_above_one']:.1%} of the prompts"
     )
     if arguments.json:
-        write_json(arguments.json, found)
+        sums = found["consistency"].items()  # NaN, which is not JSON, where no q is stated
+        known = {name: None if value != value else value for name, value in sums}
+        write_json(arguments.json, {**found, "consistency": known})
     return 0
 
 

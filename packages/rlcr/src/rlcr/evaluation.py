@@ -24,6 +24,7 @@ from rlcr.prompts import (
 from rlcr.scaling import class_ids, consistency, vote_curve
 from rlcr.verify import Verifier, get_verifier
 from tenfold_common.errors import UserError
+from tenfold_common.lm.base import check_sampling
 
 if TYPE_CHECKING:
     from tenfold_common.lm import TextModel
@@ -82,6 +83,8 @@ def evaluate(
             not fit.
     """
     _check_rows(rows, gold_column, samples, batch_size)
+    check_sampling([], samples, temperature, top_p, max_tokens, (), seed)
+    parse_completion("", format, "lenient")  # a wrong format is refused before anything is asked
     grader = _Grader(verifier)
     about = {
         "model": model.name,

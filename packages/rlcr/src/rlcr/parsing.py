@@ -322,7 +322,8 @@ def _skip_space(text: str, position: int) -> int:
 
 def _stripped(text: str, start: int, end: int) -> Span:
     content = text[start:end].rstrip()
-    return end - (end - start) + len(content) - len(content.lstrip()), start + len(content)
+    end = start + len(content)
+    return end - len(content.lstrip()), end
 
 
 def _think_span(text: str, close: int) -> Span:

@@ -98,7 +98,7 @@ class RLCRReward:
             the incentive to be right; the message gives the margin.
 
     Example:
-        >>> reward = RLCRReward(verifier="exact", format="tac")
+        >>> reward = RLCRReward(verifier="exact_match", format="tac")
         >>> text = "</think><answer>Paris</answer><confidence>0.8</confidence>"
         >>> total = reward(completions=[text], answer=["paris"])[0]
         >>> round(total, 4)  # 1 + 1 + (1 - 0.2 ** 2)

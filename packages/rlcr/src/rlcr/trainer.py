@@ -294,4 +294,9 @@ def sft_warmup(
     for kind in remove_callbacks:
         trainer.remove_callback(kind)
     trainer.train()
-    return trainer.accelerator.unwrap_model(trainer.model)
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    # SFTTrainer puts a forward of its own on the model, which later trainers would wrap and which a
+    # copy of the model would share with it.
+    base = trained.get_base_model() if hasattr(trained, "get_base_model") else trained
+    vars(base).pop("forward", None)
+    return trained

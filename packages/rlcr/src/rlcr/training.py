@@ -5,6 +5,7 @@ metrics.jsonl       one line per log
 warmup/             the SFT warm-up's model, if one was asked for; complete with its marker
 checkpoint-N/       complete only with its COMPLETE marker; resume takes the newest complete one
 final/              model (or adapter) and tokenizer
+README.md           TRL's model card
 """
 
 import dataclasses
@@ -13,12 +14,22 @@ import logging
 import shutil
 import sys
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from rlcr.config import PRESETS, RLCRConfig
 from rlcr.options import TrainOptions
@@ -62,7 +73,8 @@ def train(options: TrainOptions) -> Path:
         `output_dir/final`: loads with transformers (or peft, with `peft_rank`).
 
     Raises:
-        UserError: an option, the data, the model or the folder does not fit; nothing was written.
+        UserError: an option, the data, the model or the folder does not fit, and nothing was
+            written; or a file cannot be written, as on a full disk.
         CheckpointError: `resume` was asked for and every complete checkpoint is damaged.
         Stopped: a signal came; a checkpoint was saved. It is a `KeyboardInterrupt`.
     """
@@ -78,7 +90,23 @@ def train(options: TrainOptions) -> Path:
             if main:
                 prepare_output_dir(out, resume=options.resume, overwrite=options.overwrite)
                 write_json(out / OPTIONS_FILE, _portable(options))
-        return _train_in(out, options, arguments, tokenizer, dataset)
+        with _write_errors(out):
+            return _train_in(out, options, arguments, tokenizer, dataset)
+
+
+@contextmanager
+def _write_errors(out: Path) -> Iterator[None]:
+    """Make one line of what the writers of weights and optimisers say when the disk is full."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:  # neither writer raises an OSError
+        text = " ".join(str(error).split())
+        if not any(word in text for word in ("os error", "inline_container", "StreamWriter")):
+            raise
+        raise UserError(
+            f"cannot write to {out}; the disk may be full: {text[:200]}. What was complete before "
+            "stays; make room and go on with --resume."
+        ) from error
 
 
 def _train_in(
@@ -102,7 +130,7 @@ def _train_in(
         arguments,
         dataset,
         processing_class=tokenizer,
-        callbacks=[MetricsFile(out / "metrics.jsonl"), *([stop] if single else [])],
+        callbacks=[_SaveSteps(), MetricsFile(out / "metrics.jsonl"), *([stop] if single else [])],
         peft_config=_peft_config(options),
     )
     trainer.remove_callback(PrinterCallback)
@@ -137,6 +165,16 @@ def _train_in(
         unfinished.replace(final)
     trainer.accelerator.wait_for_everyone()
     return final
+
+
+class _SaveSteps(TrainerCallback):
+    """Saves as often as is asked for now; a resumed Trainer keeps its checkpoint's interval."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Put the interval in place of the one read from the checkpoint."""
+        state.save_steps = int(args.save_steps)
 
 
 def training_arguments(options: TrainOptions) -> RLCRConfig:
@@ -281,7 +319,7 @@ def _load(name: str, options: TrainOptions, arguments: RLCRConfig) -> "PreTraine
             trust_remote_code=options.trust_remote_code,
             dtype=torch.float32 if arguments.use_cpu else "auto",
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"no model loads from {name!r}: {' '.join(str(error).split())[:300]}"
         ) from error

@@ -84,7 +84,7 @@ def gold_texts(gold: object) -> list[str]:
     Raises:
         UserError: a gold answer is neither text, number nor a list of them.
     """
-    items = gold if isinstance(gold, list | tuple) else [gold]
+    items: Sequence[typing.Any] = gold if isinstance(gold, list | tuple) else [gold]
     texts = []
     for item in items:
         if hasattr(item, "item"):  # a scalar of numpy
@@ -134,7 +134,7 @@ def normalise_answer(text: str) -> str:
 class ExactMatch(Verifier):
     """Equality after SQuAD's normalisation, see `normalise_answer`."""
 
-    name = "exact"
+    name = "exact_match"
 
     def equal(self, answer: str, gold: str) -> Grade:
         """Compare the normal forms."""
@@ -153,7 +153,7 @@ _FRAC = re.compile(r"([-+]?)\s*\\[dt]?frac\s*\{([0-9]{1,200})\}\s*\{([0-9]{1,200
 _WRAPPED = re.compile(r"\\(?:boxed|text|mathrm|mathbf|textbf)\{([^{}]*)\}")
 _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\begin")
 _BOXED = re.compile(r"\$+\s*\\boxed")
-_IDLE_SPACE = re.compile(r"\s+(?![\w\s.\\])|(?<![\w.])\s+")  # white space that separates nothing
+_IDLE_SPACE = re.compile(r"(?<!\\) (?![\w.\\])|(?<![\w.\\]) ")  # separates nothing
 _COMMAND = re.compile(r"\\(?:text|mathrm|operatorname|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _MATH_SIGN = re.compile(r"[0-9=^+*/<>()\[\]{}]|\\")
@@ -306,18 +306,9 @@ class MathVerifier(Verifier):
             return str(number)
 
     def _decide(self, gold: str, answer: str) -> float:
-        if gold == answer:
-            return 1.0
-        if not answer:
-            return 0.0
-        numbers = plain_number(gold), plain_number(answer)
-        if numbers[0] is not None and numbers[1] is not None:
-            difference = abs(numbers[0] - numbers[1])
-            if difference == 0:
-                return 1.0
-            # math-verify rounds to six places as soon as one side is a decimal.
-            if "." not in gold + answer or difference > Fraction(1, 100_000):
-                return 0.0
+        verdict = _cheap_verdict(gold, answer)
+        if verdict is not None:
+            return verdict
         known = self._parsed(gold)
         if not _formulas(known):
             return float(normalise_answer(gold) == normalise_answer(answer))
@@ -325,12 +316,42 @@ class MathVerifier(Verifier):
         return float(bool(given) and _same(known, given))
 
 
+def _cheap_verdict(gold: str, answer: str) -> float | None:
+    """Decide equal texts, plain numbers and points of plain numbers; None for all else."""
+    if gold == answer:
+        return 1.0
+    if not answer:
+        return 0.0
+    wanted, given = _coordinates(gold), _coordinates(answer)
+    if not wanted or len(wanted) != len(given):
+        return None
+    difference = max(abs(a - b) for a, b in zip(wanted, given, strict=True))
+    if difference == 0:
+        return 1.0
+    # math-verify rounds to six places as soon as one side is a decimal.
+    if "." not in gold + answer or difference > Fraction(1, 100_000):
+        return 0.0
+    return None
+
+
+def _coordinates(text: str) -> list[Fraction]:
+    """Return the number in `7`, the numbers in `(1, 1/2)`, and nothing of other texts."""
+    if text[:1] == text[-1:] == "$":
+        text = text[1:-1].strip()
+    parts = text[1:-1].split(",") if text[:1] == "(" and text[-1:] == ")" else [text]
+    whole = plain_number(text)
+    numbers = [plain_number(part) for part in parts] if whole is None else [whole]
+    return [] if None in numbers else typing.cast(list[Fraction], numbers)
+
+
 def _unwrapped(text: str) -> str:
-    r"""Take a text out of a `\boxed{}` or `\text{}` that is all around it."""
+    r"""Take a text out of a `\boxed{}` or `\text{}` around it; squeeze a formula's white space."""
     text = text.strip()
     while match := _WRAPPED.fullmatch(text.strip("$") if _BOXED.match(text) else text):
         text = match[1].strip()
-    return _IDLE_SPACE.sub("", text)
+    if _WORD.search(_COMMAND.sub(" ", text)):
+        return text
+    return _IDLE_SPACE.sub("", " ".join(text.split()))
 
 
 def _formulas(parsed: tuple[object, ...]) -> list[object]:
@@ -586,7 +607,8 @@ def get_verifier(spec: str | Verifier | Callable[[str, object], bool | float]) -
     """Make a verifier from its name or from a function, or hand a verifier through.
 
     Args:
-        spec: `"auto"`, `"exact"`, `"math"`, `"choice"`, a verifier, or `function(answer, gold)`.
+        spec: `"auto"`, `"exact_match"`, `"math"`, `"choice"`, a verifier, or
+            `function(answer, gold)`.
 
     Raises:
         UserError: the name is unknown.

@@ -30,6 +30,16 @@ if TYPE_CHECKING:
         UserError,
         suggest,
     )
+    from tenfold_common.lm import (
+        Generation,
+        Score,
+        ScriptedModel,
+        ServerModel,
+        TextModel,
+        TransformersModel,
+        VLLMModel,
+        load_text_model,
+    )
     from tenfold_common.optional import is_available, require
     from tenfold_common.report import html_report
     from tenfold_common.results import (
@@ -58,6 +68,8 @@ _MODULES = {
     "cli": "base_parser run setup_logging",
     "device": "Choice resolve_device resolve_dtype",
     "errors": "CheckpointError MissingDependencyError TenfoldError UserError suggest",
+    "lm": "Generation Score ScriptedModel ServerModel TextModel TransformersModel VLLMModel "
+    "load_text_model",
     "optional": "is_available require",
     "report": "html_report",
     "results": "Claim Figure Result Sample Table environment load_bench update_between_markers "
@@ -73,12 +85,19 @@ __all__ = [
     "Choice",
     "Claim",
     "Figure",
+    "Generation",
     "MissingDependencyError",
     "Result",
     "Sample",
+    "Score",
+    "ScriptedModel",
+    "ServerModel",
     "Table",
     "TenfoldError",
+    "TextModel",
+    "TransformersModel",
     "UserError",
+    "VLLMModel",
     "__version__",
     "assert_matches_reference",
     "atomic_dir",
@@ -91,6 +110,7 @@ __all__ = [
     "is_available",
     "is_complete",
     "load_bench",
+    "load_text_model",
     "mark_complete",
     "newest_complete",
     "no_network",
