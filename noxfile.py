@@ -44,12 +44,14 @@ RELAXED = {
     "reportArgumentType": False,
     "reportAttributeAccessIssue": False,
     "reportCallIssue": False,
+    "reportIndexIssue": False,
     "reportMissingImports": False,
     "reportOptionalCall": False,
     "reportOptionalIterable": False,
     "reportOptionalMemberAccess": False,
     "reportOptionalOperand": False,
     "reportOptionalSubscript": False,
+    "reportPrivateImportUsage": False,
 }
 
 each_package = nox.parametrize("package", PACKAGES, ids=PACKAGES)

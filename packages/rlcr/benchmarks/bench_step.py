@@ -167,8 +167,8 @@ def main(argv: list[str]) -> int:
         correctness={"gate": "both trainers ran all steps", "max_err": None},
         rows=rows,
         notes=[
-            "Alternating blocks in one process. The policy is tiny, which is the worst case: with a "
-            "model that takes longer to generate the same reward is a smaller share."
+            "Alternating blocks in one process. The policy is tiny, which is the worst case: where "
+            "generating takes longer, the same reward is a smaller share."
         ],
     )
     return 0

@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
+import torch
 
-from rlcr import calibration_report, render_completion
+from rlcr import CalibrationWarning, calibration_report, render_completion
 from rlcr.cli import main
 from rlcr.metrics import MetricsWarning
 from tenfold_common.lm import ServerModel
@@ -69,10 +71,20 @@ def predictions(folder):
 
 @pytest.fixture(scope="module")
 def model(folder):
+    """A model whose next letter depends on the last one alone: y, answer 4, confidence 85."""
     tokenizer = byte_tokenizer()
-    tiny_llama(len(tokenizer), hidden=32, initializer_range=0.3).save_pretrained(
-        folder / "modell ü"
-    )
+    size = len(tokenizer)
+    network = tiny_llama(size, hidden=512, layers=1, heads=8, kv_heads=8)
+    chain = {"=": "y", "y": "<eos>", ">": "4", "4": "<eos>", ":": "8", "8": "5", "5": "<eos>"}
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.zero_()
+        network.model.norm.weight.fill_(1)
+        network.model.embed_tokens.weight[:, :size] = torch.eye(size)
+        for last, following in chain.items():
+            places = tokenizer(following).input_ids[0], tokenizer(last).input_ids[0]
+            network.lm_head.weight[places] = 1
+    network.save_pretrained(folder / "modell ü")
     tokenizer.save_pretrained(folder / "modell ü")
     return folder / "modell ü"
 
@@ -434,34 +446,34 @@ class TestData:
 
 class TestEval:
     ROWS = [  # noqa: RUF012
-        {"id": f"ü{i}", "prompt": "x" * (i + 1), "answer": "4"} for i in range(3)
+        {"id": f"ü{i}", "prompt": f"{i}+{i}=", "answer": f"{2 * i}"} for i in range(3)
     ]
 
     def test_end_to_end_and_scored(self, model, folder, tmp_path, capsys):
         data, out = write(folder / "däta.jsonl", self.ROWS), tmp_path / "p.jsonl"
         command = ["-q", "eval", f"--model={model}", f"--data={data}", "--max_tokens=8"]
         command += ["--device=cpu", f"--out={out}"]
-        with pytest.warns(MetricsWarning, match="are wrong"):
-            assert main(command) == 0
+        assert main(command) == 0
         printed = capsys.readouterr().out
-        assert printed.startswith("3 rows, 3 graded; confidences: ")
+        assert printed.startswith("3 rows, 3 graded; confidences: 3 forced\n")
         assert printed.endswith(f"predictions: {out}\n")
-        assert "accuracy over all graded rows 0.0000" in printed
+        assert "accuracy over all graded rows 0.3333" in printed
         rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
         assert [r["id"] for r in rows] == ["ü0", "ü1", "ü2"]
-        stated = sum(r["confidence"] is not None for r in rows)
-        assert stated > 0
-        with pytest.warns(MetricsWarning, match="are wrong"):
-            assert main(["score", str(out)]) == 0
-        assert f"3 rows; {3 - stated} without a confidence" in capsys.readouterr().out
+        for row in rows:
+            assert (row["completion"], row["answer"], row["confidence"]) == ("y", "4", 0.85)
+        assert main(["score", str(out), f"--json={tmp_path / 's.json'}"]) == 0
+        report = json.loads((tmp_path / "s.json").read_text())["report"]
+        assert report["brier"] == pytest.approx((2 * 0.85**2 + 0.15**2) / 3)
+        assert report["auroc"] == 0.5
+        assert "3 rows; 0 without a confidence" in capsys.readouterr().out
 
         assert "has content; resume the run" in refused(capsys, *command)
         line = refused(capsys, *command, "--resume", "--temperature=1")
         assert "temperature: 0.0 in the file, 1.0 now" in line
         whole = out.read_bytes()
         out.write_bytes(whole[:-20])  # as if killed
-        with pytest.warns(MetricsWarning, match="are wrong"):
-            assert main([*command, "--resume"]) == 0
+        assert main([*command, "--resume"]) == 0
         assert out.read_bytes() == whole
 
     def test_samples_of_problems_then_votes(self, model, tmp_path, capsys):
@@ -542,7 +554,9 @@ class TestTrain:
         )
         out = tmp_path / "ö run"
         command = ["-q", "train", f"--config={config}", f"--output_dir={out}", "--max_steps=2"]
-        assert main([*command, "--training_args", "logging_steps=1"]) == 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CalibrationWarning)  # it is untrained
+            assert main([*command, "--training_args", "logging_steps=1"]) == 0
         assert capsys.readouterr().out == f"model: {out / 'final'}\n"
         stored = json.loads((out / "train_options.json").read_text())
         assert (stored["max_steps"], stored["method"], stored["seed"]) == (2, "rlvr", 7)
@@ -608,10 +622,14 @@ class TestTrain:
         line = refused(capsys, "-q", "train", f"--output_dir={tmp_path / 'ro' / 'o'}", *SMALL)
         assert "Permission denied" in line
 
-    @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    @pytest.mark.parametrize(
+        ("number", "code"),
+        [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+    )
     def test_signal_leaves_a_run_that_resumes(self, tmp_path, number, code):
+        """A signal after a logged step: 128 + its number, a checkpoint, --resume ends it."""
         out = tmp_path / "run"
-        child = in_process("train", f"--output_dir={out}", "--max_steps=60", *SMALL)
+        child = in_process("train", f"--output_dir={out}", "--max_steps=25", *SMALL)
         end = time.monotonic() + 120
         while not (out / "metrics.jsonl").is_file() or not (out / "metrics.jsonl").read_text():
             assert child.poll() is None, child.stderr.read()
@@ -623,21 +641,22 @@ class TestTrain:
         assert "go on with --resume" in errors
         assert "Traceback" not in errors
         (checkpoint,) = out.glob("checkpoint-*")
-        assert 0 < int(checkpoint.name.removeprefix("checkpoint-")) < 60
-        if number == signal.SIGTERM:
-            return  # the rest is the same for both
-        assert main(["-q", "train", "--resume", f"--output_dir={out}"]) == 0
+        assert 0 < int(checkpoint.name.removeprefix("checkpoint-")) < 25
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CalibrationWarning)  # an untrained model learns little
+            assert main(["-q", "train", "--resume", f"--output_dir={out}"]) == 0
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        assert [row["step"] for row in rows if "loss" in row] == list(range(1, 61))
+        assert [row["step"] for row in rows if "loss" in row] == list(range(1, 26))
 
 
 class TestToy:
     def test_tiny_settings(self, tmp_path, capsys):
         out = tmp_path / "toy ä"
         small = ["--steps=2", "--warmup_steps=2", "--test_rows=50"]
-        assert main(["-q", "toy", *small, f"--out={out}", "--arms", "rlcr"]) == 0
+        with pytest.warns(MetricsWarning, match="are wrong"):  # it has learned nothing
+            assert main(["-q", "toy", *small, f"--out={out}", "--arms", "rlcr"]) == 0
         printed = capsys.readouterr().out
-        assert "Noisy sensor" in printed
+        assert "Greedy answers to 50 test prompts" in printed
         assert "| RLCR | stated |" in printed
         assert "RLVR" not in printed
         assert {"reliability.png", "risk_coverage.png"} <= {p.name for p in out.iterdir()}

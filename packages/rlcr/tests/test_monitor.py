@@ -114,16 +114,21 @@ class TestConfidenceCollapse:
 class TestHedgingCollapse:
     START = [log(accuracy=0.5), log(accuracy=0.6), log(accuracy=0.7)]  # mean .6, Brier .2
 
-    def test_accuracy_falls_while_brier_does_not_rise(self):
+    def test_accuracy_stays_low_while_brier_does_not_rise(self):
         monitor = Monitor()
-        rows = [*self.START, log(accuracy=0.49, brier=0.1), log(accuracy=0.47, brier=0.1)]
-        assert feed(monitor, [*rows, *[log(accuracy=0.1, brier=0.05)] * 5]) == [
-            ("hedging_collapse", 5)
-        ]
+        rows = [*self.START, log(accuracy=0.49, brier=0.1), *[log(accuracy=0.47, brier=0.1)] * 5]
+        assert feed(monitor, rows) == [("hedging_collapse", 7)]  # the third log below .48
         message = monitor.alarms[0].message
         assert "0.600 to 0.470" in message
         assert "0.200 to 0.100" in message
         assert "calibration_ramp_steps" in message
+
+    def test_a_log_or_two_are_chance(self):
+        low, fine = log(accuracy=0.1, brier=0.1), log(accuracy=0.6, brier=0.1)
+        assert feed(Monitor(), [*self.START, *[low, low, fine] * 5]) == []
+        assert feed(Monitor(hedging_logs=2), [*self.START, low, fine, low, low]) == [
+            ("hedging_collapse", 7)
+        ]
 
     def test_just_above_the_share(self):
         assert feed(Monitor(), [*self.START, *[log(accuracy=0.4801, brier=0.1)] * 5]) == []
@@ -132,13 +137,19 @@ class TestHedgingCollapse:
         """A run that simply fails is no hedging."""
         assert feed(Monitor(), [*self.START, *[log(accuracy=0.2, brier=0.21)] * 5]) == []
 
+    def test_brier_as_at_the_start(self):
+        assert feed(Monitor(), [*self.START, *[log(accuracy=0.2, brier=0.2)] * 3]) == [
+            ("hedging_collapse", 6)
+        ]
+
     def test_not_during_the_start(self):
-        rows = [log(accuracy=0.9), log(accuracy=0.1), log(accuracy=0.1)]
+        rows = [log(accuracy=0.9), *[log(accuracy=0.1)] * 4]
         assert feed(Monitor(), rows) == []
 
     def test_logs_without_numbers_are_no_start(self):
-        rows = [log(accuracy=NAN), log(brier=None), {}, *self.START, log(accuracy=0.1, brier=0.1)]
-        assert feed(Monitor(), rows) == [("hedging_collapse", 7)]
+        low = log(accuracy=0.1, brier=0.1)
+        rows = [log(accuracy=NAN), log(brier=None), {}, *self.START, low, low, low]
+        assert feed(Monitor(), rows) == [("hedging_collapse", 9)]
         assert feed(Monitor(), [*self.START, log(accuracy=NAN, brier=0.1)] * 3) == []
 
 
@@ -175,7 +186,7 @@ class TestOthers:
         rows = [
             {
                 **log(
-                    accuracy=0.6 + 0.03 * random.standard_normal(),
+                    accuracy=0.6 + 0.05 * random.standard_normal(),
                     brier=0.2 - 0.001 * i,
                     confidence_std=0.2,
                 ),

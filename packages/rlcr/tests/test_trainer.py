@@ -239,6 +239,7 @@ class TestWeights:
         )
         assert row["reward"] == pytest.approx(expected, abs=1e-6)
 
+    @pytest.mark.filterwarnings("ignore::rlcr.monitor.CalibrationWarning")
     def test_ramp_by_step_and_after_resuming(self, base, tmp_path):
         changes = {
             "calibration_ramp_steps": 4, "max_steps": 6, "save_strategy": "steps", "save_steps": 3,

@@ -536,7 +536,7 @@ def test_scripted_dict_and_function():
 
 
 def test_scripted_scores():
-    model = ScriptedModel(score=lambda prefix, text: -float(len(prefix + text)))
+    model = ScriptedModel(score=lambda prefix, text: -float(len(f"{prefix}{text}")))
     assert model.score("ab", ["cd e"]) == [Score((-6.0,), ((0, 4),))]
     words = ScriptedModel(score=lambda prefix, text: [-1, -2])
     assert words.score("ab", ["cd e"]) == [Score((-1.0, -2.0), ((0, 2), (2, 4)))]

@@ -68,7 +68,7 @@ def run_demo(out_dir: Path, *, seed: int = 0, full: bool = False) -> Result:
         summary=_summary(runs, settings),
         seeds=seeds,
         claims=_claims(runs, alarms),
-        tables=[_table(runs), _cells(task, *first), _vote_table(votes)],
+        tables=[_table(runs, settings.test_rows), _cells(task, *first), _vote_table(votes)],
         figures=_figures(out_dir, task, *first),
         samples=[_sample(task, *first)],
         notes=_notes(runs, alarms),
@@ -101,7 +101,7 @@ def run_toy(
         summary=f"Settings: {settings}.",
         seeds=[seed],
         claims=[],
-        tables=[_table([rows]), _cells(task, test, results)],
+        tables=[_table([rows], settings.test_rows), _cells(task, test, results)],
         figures=_figures(out_dir, task, test, results),
         samples=[_sample(task, test, results)],
         notes=[
@@ -214,7 +214,7 @@ def _claims(runs: list[dict[str, Row]], alarms: list[dict[str, list[str]]]) -> l
     ]  # fmt: skip
 
 
-def _table(runs: list[dict[str, Row]]) -> Table:
+def _table(runs: list[dict[str, Row]], prompts: int) -> Table:
     """Lay out means over seeds, with the range where there are several."""
     columns = ["accuracy", "brier", "ece", "auroc", "mean_q", "std_q", "distance"]
     rows = []
@@ -230,7 +230,7 @@ def _table(runs: list[dict[str, Row]]) -> Table:
             cells.append(text)
         rows.append(cells)
     return Table(
-        "Greedy answers to 2,000 test prompts (ECE: 10 bins, left-closed)",
+        f"Greedy answers to {prompts:,} test prompts (ECE: 10 bins, left-closed)",
         ["arm", "q", "accuracy", "Brier", "ECE", "AUROC", "mean q", "std q", "|q - Bayes q|"],
         rows,
     )

@@ -75,8 +75,9 @@ class Monitor:
     Args:
         collapse_std: Confidence collapse: the standard deviation of q stays below this.
         collapse_logs: For so many logs in a row.
-        accuracy_share: Hedging collapse: accuracy falls below this share of its start while the
+        accuracy_share: Hedging collapse: accuracy stays below this share of its start while the
             Brier score is no worse than at the start.
+        hedging_logs: For so many logs in a row; one log alone may be chance.
         start_logs: How many logs make up the start.
         truncated_share: More completions than this cut off at the length limit.
     """
@@ -84,10 +85,12 @@ class Monitor:
     collapse_std: float = 0.01
     collapse_logs: int = 20
     accuracy_share: float = 0.8
+    hedging_logs: int = 3
     start_logs: int = 3
     truncated_share: float = 0.5
     alarms: list[Alarm] = field(default_factory=list)
     _narrow: int = 0
+    _hedged: int = 0
     _start: list[tuple[float, float]] = field(default_factory=list)
 
     def update(self, step: int, logs: Mapping[str, float]) -> list[Alarm]:
@@ -111,7 +114,9 @@ class Monitor:
                 self._start.append((accuracy, brier))
             else:
                 first, first_brier = np.mean(self._start, axis=0)
-                if accuracy < self.accuracy_share * first and brier <= first_brier:
+                hedging = accuracy < self.accuracy_share * first and brier <= first_brier
+                self._hedged = self._hedged + 1 if hedging else 0
+                if self._hedged >= self.hedging_logs:
                     self._raise(
                         raised,
                         "hedging_collapse",
