@@ -12,6 +12,6 @@ same = get_verifier("math").normal_form  # needs rlcr[math]
 for method in ("majority", "max", "weighted"):
     vote = aggregate(answers, confidences, method, normal_form=same)
     print(f"{method:9} {vote.answer:4} share {vote.confidence:.2f}")
-# majority  3    share 0.60
-# max       1/2  share 0.40
+# majority  3    share 0.32
+# max       1/2  share 0.68
 # weighted  1/2  share 0.68

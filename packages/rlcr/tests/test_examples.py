@@ -71,7 +71,7 @@ def test_measure_confidences(tmp_path):
     a = 5 / 6
     gap = 0.5 * a**2 - 0.8 / 3 * a**3 + (1 - a**2) - 2 / 3 * (1 - a**3)
     assert before == pytest.approx(gap, abs=0.03)
-    assert after < before / 4
+    assert after < before / 3
 
 
 def test_votes(tmp_path):

@@ -205,13 +205,13 @@ def test_importing_the_package_takes_under_50_ms():
 
 def test_metrics_votes_and_rewards_need_no_torch():
     code = (
-        "import sys, rlcr; print(rlcr.calibration_report([0.9, 0.1], [1, 0], ci=None).brier); "
+        "import sys, rlcr; rlcr.calibration_report([0.9, 0.1], [1, 0], ci=None); "
         "rlcr.aggregate(['a', 'b'], [0.5, 0.6]); rlcr.RLCRReward(verifier='exact_match'); "
         "rlcr.parse_completion('x'); rlcr.read_predictions; rlcr.evaluate; "
         "print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'sklearn', 'matplotlib', "
         "'math_verify') if m in sys.modules])"
     )
-    assert in_fresh_python(code).splitlines() == ["0.01", "[]"]
+    assert in_fresh_python(code) == "[]"
 
 
 def test_modules_are_importable_by_their_documented_names():

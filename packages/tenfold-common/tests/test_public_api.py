@@ -26,7 +26,7 @@ NAMES = [
     *("no_network", "poisoned_empty", "prepare_output_dir", "require", "resolve_device"),
     *("resolve_dtype", "rms_ratio", "run", "seed_everything", "setup_logging", "suggest"),
     *("tiny_llama", "tiny_qwen", "update_between_markers", "verify", "word_tokenizer"),
-    "write_bench",
+    *("check_output_file", "locked_folder", "write_bench", "write_json"),
     *("Generation", "Score", "ScriptedModel", "ServerModel", "TextModel", "TransformersModel"),
     *("VLLMModel", "load_text_model"),
 ]

@@ -158,7 +158,7 @@ def _mean(runs: list[dict[str, Row]], name: str, column: str) -> float:
 
 def _worst(runs: list[dict[str, Row]], name: str, column: str, *, high: bool = True) -> float:
     values = [run[name][column] for run in runs]
-    return max(values) if high else min(values)
+    return float(np.max(values) if high else np.min(values))  # NaN stays NaN, and fails a claim
 
 
 def _claims(runs: list[dict[str, Row]], alarms: list[dict[str, list[str]]]) -> list[Claim]:
@@ -174,10 +174,13 @@ def _claims(runs: list[dict[str, Row]], alarms: list[dict[str, list[str]]]) -> l
             margin=bound - value if below else value - bound,
         )
 
-    gap = max(abs(r["rlcr"]["accuracy"] - r["rlvr"]["accuracy"]) for r in runs)
-    spoiled = min(r["rlvr/probability"]["ece"] - r["sft/probability"]["ece"] for r in runs)
-    brier = min(r["rlvr"]["brier"] - r["rlcr"]["brier"] for r in runs)
-    lost = min(r["rlcr"]["accuracy"] - r["log_unscaled"]["accuracy"] for r in runs)
+    def differences(first: str, second: str, column: str) -> np.ndarray:
+        return np.array([run[first][column] - run[second][column] for run in runs])
+
+    gap = float(np.abs(differences("rlcr", "rlvr", "accuracy")).max())
+    spoiled = float(differences("rlvr/probability", "sft/probability", "ece").min())
+    brier = float(differences("rlvr", "rlcr", "brier").min())
+    lost = float(differences("rlcr", "log_unscaled", "accuracy").min())
     raised = float(all("hedging_collapse" in a["hedging"] for a in alarms))
     quiet = float(sum(len(a["rlcr"]) for a in alarms))
     margin = scoring_rule("log", eps=0.05, scaled=False).margin(1.0, 1.0)

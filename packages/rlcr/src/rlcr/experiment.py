@@ -37,7 +37,7 @@ class ToySettings:
         steps: Steps of the arms `rlvr` and `rlcr`.
         side_steps: Steps of the arms that show failures.
         hedging_warmup_steps: Steps of the warm-up of the hedging arm: too few.
-        learning_rate: Of all arms, linear to 0.
+        learning_rate: Of all arms, linear to 0; the hedging one has 2e-3.
         entropy_coef: Of all arms but the hedging one, which has none.
         num_generations: Completions of a prompt.
         prompts: Prompts of a step.
@@ -46,9 +46,9 @@ class ToySettings:
     """
 
     warmup_steps: int = 400
-    steps: int = 500
-    side_steps: int = 200
-    hedging_warmup_steps: int = 150
+    steps: int = 400
+    side_steps: int = 150
+    hedging_warmup_steps: int = 120
     learning_rate: float = 1.5e-3
     entropy_coef: float = 0.03
     num_generations: int = 8
@@ -172,7 +172,7 @@ def _run_arm(
         }
     elif name == "hedging":
         model = _warm_up(task, settings, settings.hedging_warmup_steps, seed, folder / "sft")
-        changes = {"entropy_coef": 0.0}
+        changes = {"entropy_coef": 0.0, "learning_rate": 2e-3}
     args = RLCRConfig.preset(
         "tiny",
         str(folder),

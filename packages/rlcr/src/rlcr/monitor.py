@@ -2,8 +2,8 @@
 
 Two ways to be perfectly calibrated and useless: state the average accuracy for everything
 (confidence collapse), or give up on the answer and state a confidence near zero (hedging collapse;
-for a fixed q the reward's slope in the chance to be right is 2q). Both look excellent by ECE and
-Brier alone.
+for a fixed q the reward's slope in the chance to be right is 2q, so near q = 0 nothing pulls the
+answer up). Both look excellent by ECE and Brier alone.
 """
 
 import math
@@ -90,6 +90,7 @@ class Monitor:
     truncated_share: float = 0.5
     alarms: list[Alarm] = field(default_factory=list)
     _narrow: int = 0
+    _doubting: int = 0
     _hedged: int = 0
     _start: list[tuple[float, float]] = field(default_factory=list)
 
@@ -109,24 +110,16 @@ class Monitor:
                 "nothing any more; look at AUROC. Give q some signal with an SFT warm-up, raise "
                 "temperature, num_generations or entropy_coef, or lower the learning rate.",
             )
-        if not (math.isnan(accuracy) or math.isnan(brier)):
-            if len(self._start) < self.start_logs:
-                self._start.append((accuracy, brier))
-            else:
-                first, first_brier = np.mean(self._start, axis=0)
-                hedging = accuracy < self.accuracy_share * first and brier <= first_brier
-                self._hedged = self._hedged + 1 if hedging else 0
-                if self._hedged >= self.hedging_logs:
-                    self._raise(
-                        raised,
-                        "hedging_collapse",
-                        step,
-                        f"hedging collapse: accuracy fell from {first:.3f} to {accuracy:.3f} while "
-                        f"the Brier score went from {first_brier:.3f} to {brier:.3f}. The model "
-                        "earns by doubting wrong answers in place of giving right ones. Warm up "
-                        "longer, ramp calibration up (calibration_ramp_steps), raise "
-                        "correctness_weight, or lower the learning rate.",
-                    )
+        hedging = self._hedging(accuracy, brier, logs)
+        if hedging:
+            self._raise(
+                raised,
+                "hedging_collapse",
+                step,
+                f"hedging collapse: {hedging}. The model earns by doubting its answers in place of "
+                "giving right ones. Warm up longer, ramp calibration up (calibration_ramp_steps), "
+                "raise correctness_weight, or lower the learning rate.",
+            )
         if _number(logs, "frac_reward_zero_std") == 1.0:
             self._raise(
                 raised,
@@ -146,6 +139,28 @@ class Monitor:
                 "nothing. Raise max_completion_length or shorten the reasoning asked for.",
             )
         return raised
+
+    def _hedging(self, accuracy: float, brier: float, logs: Mapping[str, float]) -> str:
+        """Return what shows that the model hedges, or ""."""
+        q, area = _number(logs, "rlcr/confidence"), _number(logs, "rlcr/auroc")
+        self._doubting = self._doubting + 1 if q < self.doubt and area < self.doubt_auroc else 0
+        if math.isnan(accuracy) or math.isnan(brier):
+            return ""
+        if len(self._start) < self.start_logs:
+            self._start.append((accuracy, brier))
+            return ""
+        first, first_brier = np.mean(self._start, axis=0)
+        if brier > first_brier:
+            return ""
+        scores = f"the Brier score went from {first_brier:.3f} to {brier:.3f}"
+        if accuracy < self.accuracy_share * first:
+            return f"accuracy fell from {first:.3f} to {accuracy:.3f} while {scores}"
+        if self._doubting >= self.start_logs:
+            return (
+                f"q is {q:.2f} in the mean for right and wrong answers alike (AUROC {area:.2f}), "
+                f"and {scores} at accuracy {accuracy:.3f}"
+            )
+        return ""
 
     def _raise(self, raised: list[Alarm], kind: str, step: int, message: str) -> None:
         if all(alarm.kind != kind for alarm in self.alarms):

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from tenfold_common.atomic import (
         atomic_dir,
         atomic_write,
+        check_output_file,
         is_complete,
+        locked_folder,
         mark_complete,
         newest_complete,
         prepare_output_dir,
         verify,
+        write_json,
     )
     from tenfold_common.cli import base_parser, run, setup_logging
     from tenfold_common.device import Choice, resolve_device, resolve_dtype
@@ -63,8 +66,8 @@ if TYPE_CHECKING:
     from tenfold_common.tiny import byte_tokenizer, tiny_llama, tiny_qwen, word_tokenizer
 
 _MODULES = {
-    "atomic": "atomic_dir atomic_write is_complete mark_complete newest_complete "
-    "prepare_output_dir verify",
+    "atomic": "atomic_dir atomic_write check_output_file is_complete locked_folder mark_complete "
+    "newest_complete prepare_output_dir verify write_json",
     "cli": "base_parser run setup_logging",
     "device": "Choice resolve_device resolve_dtype",
     "errors": "CheckpointError MissingDependencyError TenfoldError UserError suggest",
@@ -104,12 +107,14 @@ __all__ = [
     "atomic_write",
     "base_parser",
     "byte_tokenizer",
+    "check_output_file",
     "environment",
     "generator",
     "html_report",
     "is_available",
     "is_complete",
     "load_bench",
+    "locked_folder",
     "load_text_model",
     "mark_complete",
     "newest_complete",
@@ -130,6 +135,7 @@ __all__ = [
     "verify",
     "word_tokenizer",
     "write_bench",
+    "write_json",
 ]
 
 
