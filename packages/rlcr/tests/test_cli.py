@@ -20,6 +20,7 @@ from rlcr.metrics import MetricsWarning
 from tenfold_common.lm import ServerModel
 from tenfold_common.tiny import byte_tokenizer, tiny_llama
 
+FULL = render_completion("4", "0.9")
 VERBS = ("train", "eval", "score", "plot", "vote", "data", "toy", "demo")
 SMALL = [
     "--model=toy", "--data=toy", "--device=cpu", "--seed=1", "--training_args",
@@ -467,6 +468,10 @@ class TestEval:
         assert report["brier"] == pytest.approx((2 * 0.85**2 + 0.15**2) / 3)
         assert report["auroc"] == 0.5
         assert "3 rows; 0 without a confidence" in capsys.readouterr().out
+        # Graded anew: the answers in the file are the model's own, not the golds.
+        file = write(tmp_path / "g.jsonl", [{**r, "completion": FULL} for r in rows])
+        assert main(["score", str(file), "--grade", f"--json={tmp_path / 'g.json'}"]) == 0
+        assert json.loads((tmp_path / "g.json").read_text())["accuracy_all"] == pytest.approx(1 / 3)
 
         assert "has content; resume the run" in refused(capsys, *command)
         line = refused(capsys, *command, "--resume", "--temperature=1")

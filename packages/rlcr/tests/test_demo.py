@@ -12,7 +12,6 @@ from rlcr import demo
 from rlcr.demo import NAMES, run_demo, run_toy
 from rlcr.experiment import ARMS, ToySettings, measures, run_experiment
 from rlcr.metrics import MetricsWarning, auroc, brier_score, ece
-from rlcr.scoring import scoring_rule
 from rlcr.toy import NoisySensor
 from tenfold_common.errors import UserError
 from tenfold_common.results import Result
@@ -70,7 +69,6 @@ def test_claims_hold_where_they_should():
         ("RLCR: |q - Bayes q|", "rlcr", "distance", 0.1),
         ("RLVR: answer probability spoiled", "rlvr/probability", "ece", 0.12),
         ("RLCR ahead of RLVR", "rlvr", "brier", 0.15),
-        ("bad rule costs accuracy", "log_unscaled", "accuracy", 0.7),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 2])
@@ -95,10 +93,24 @@ def test_claims_state_what_was_measured():
     claim = next(c for c in demo._claims(runs, alarms) if c.name == "RLCR: ECE")
     assert (claim.measured, claim.expected, claim.passed) == (0.2, "<= 0.06", False)
     assert claim.margin == pytest.approx(-0.14)
-    margin = scoring_rule("log", eps=0.05, scaled=False).margin()
-    assert margin == pytest.approx(-1.94, abs=0.005)
-    rule = next(c for c in demo._claims(runs, alarms) if c.name == "bad rule costs accuracy")
-    assert "margin -1.94" in rule.claimed
+    rule = next(c for c in demo._claims(runs, alarms) if c.name == "bad rule refused")
+    assert rule.measured == pytest.approx(0.5 - math.log(0.95 / 0.05))
+    assert rule.passed
+
+
+def test_the_claim_about_the_bad_rule_fails_if_it_is_accepted(monkeypatch):
+    monkeypatch.setattr(demo, "RLCRReward", lambda **named: None)
+    runs, alarms = made_up()
+    assert failed(runs, alarms) == {"bad rule refused"}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "said"), [(0.6, "It cost accuracy"), (0.72, "It did not cost accuracy here")]
+)
+def test_what_the_bad_rule_did_is_said_either_way(accuracy, said):
+    runs, alarms = made_up()
+    runs[0]["log_unscaled"]["accuracy"] = accuracy
+    assert said in "\n".join(demo._notes(runs, alarms))
 
 
 def test_notes_state_what_went_wrong(monkeypatch):
@@ -137,8 +149,8 @@ def test_votes_and_summary():
     table = demo._vote_table([{"majority": 0.7, "greedy": 0.6}, {"majority": 0.8, "greedy": 0.6}])
     assert table.rows == [["majority", "0.750"], ["greedy", "0.600"]]
     runs, _ = made_up(3)
-    text = demo._summary(runs, ToySettings())
-    assert "400 steps of SFT, then 500 steps of GRPO" in text
+    text = demo._summary(runs, ToySettings(warmup_steps=40, steps=50))
+    assert "40 steps of SFT, then 50 steps of GRPO" in text
     assert "3 seeds" in text
     assert "RLCR: accuracy 0.713, Brier 0.107, ECE 0.021" in text
 

@@ -477,6 +477,14 @@ class TestTransformers:
         with pytest.warns(MetricsWarning, match="answers are wrong"):
             assert summary(found)["graded"] == 5
 
+    def test_a_forced_question_without_room_leaves_its_row_missing(self, parts, tmp_path, caplog):
+        model = TransformersModel(*parts, context=180)
+        rows = [{"id": "long", "prompt": "x" * 100, "answer": "4"}, {**self.ROWS[0], "id": "short"}]
+        found = evaluate(model, rows, tmp_path / "p.jsonl", max_tokens=60)
+        assert [r["answer_source"] for r in found.rows][0] == "missing"
+        assert len(found.rows) == 2
+        assert "does not fit" in caplog.text
+
     def test_greedy_is_reproducible_and_independent_of_batches(self, parts, tmp_path):
         seen = set()
         for i, (own, size) in enumerate([(1, 1), (16, 64), (16, 64), (2, 3), (16, 2)]):

@@ -14,7 +14,7 @@ import pytest
 from rlcr.cli import main
 from rlcr.evaluation import evaluate
 from tenfold_common.lm import ServerModel, TransformersModel, VLLMModel
-from tenfold_common.tiny import byte_tokenizer, tiny_llama
+from tenfold_common.tiny import tiny_llama
 
 pytestmark = [
     pytest.mark.vllm,
@@ -36,11 +36,29 @@ CHATS = [
 NAMED = {"max_tokens": 16, "batch_size": 3}
 
 
+def letter_tokenizer():
+    """One token per ASCII letter: half a letter at the end of a text is cut off differently."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<pad>", "<bos>", "<eos>", *map(chr, range(33, 127)), "\u0120", "\u010a"]
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()  # which writes a space as U+0120, a new line as U+010A
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        clean_up_tokenization_spaces=False,
+        chat_template=TEMPLATE,
+    )
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("lm") / "tiny"
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE
+    tokenizer = letter_tokenizer()
     # Wide weights: the most likely token leads by far, whatever the order of the sums.
     tiny_llama(
         len(tokenizer), hidden=256, heads=4, initializer_range=0.2, max_position_embeddings=512
@@ -125,6 +143,7 @@ def test_the_comparison_is_not_idle(local):
     for rows in local.values():
         assert len({row["completion"] for row in rows}) == len(rows)
         assert any(row["answer_source"] == "forced" for row in rows)
+    assert any(row["source"] == "forced" for rows in local.values() for row in rows)
 
 
 @KINDS

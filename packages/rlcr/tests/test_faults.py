@@ -302,15 +302,15 @@ def test_full_disk_leaves_the_last_checkpoint(base, undisturbed, tmp_path, monke
     assert_same_run(folder, undisturbed)
 
 
-def test_two_runs_at_once(base, tmp_path):
+def test_two_runs_at_once(base, tmp_path, capsys):
     folder = tmp_path / "run"
     child = start(["-c", SLOW_STEPS, *arguments(base, folder, steps=200)])
     try:
         wait_for(lambda: len(lines(folder)) >= 1, child)
         for flag in ("--resume", "--overwrite"):
-            done = main([*arguments(base, folder, flag, steps=200)])
-            assert done == 2
-        assert child.poll() is None
+            assert main(arguments(base, folder, flag, steps=200)) == 2
+            assert "another run is writing" in capsys.readouterr().err
+            assert child.poll() is None
         assert len(lines(folder)) >= 1
     finally:
         child.kill()
@@ -321,20 +321,24 @@ def test_two_runs_at_once(base, tmp_path):
 def test_two_processes_killed_and_resumed(base, tmp_path):
     """Both of torchrun's processes are killed after the first checkpoint; the run goes on."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = tmp_path / "slow.py"
-    script.write_text(SLOW_STEPS)
+    script, numbers = tmp_path / "slow.py", tmp_path / "processes"
+    record = f"import os\nopen({str(numbers)!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+    script.write_text(record + SLOW_STEPS)
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    child = start([*launcher, str(script), *arguments(base, whole)])
-    assert child.communicate(timeout=400) is not None
-    assert child.returncode == 0
-    child = start([*launcher, str(script), *arguments(base, folder)], start_new_session=True)
+    child = start([*launcher, "-m", "rlcr", *arguments(base, whole)])
+    _, errors = child.communicate(timeout=400)
+    assert child.returncode == 0, errors[-3000:]
+    child = start([*launcher, str(script), *arguments(base, folder)])
     wait_for(lambda: (folder / "checkpoint-4" / "COMPLETE").is_file(), child)
-    os.killpg(child.pid, signal.SIGKILL)
+    workers = [int(line) for line in numbers.read_text().split()]
+    assert len(workers) == 2
+    for number in (child.pid, *workers):
+        os.kill(number, signal.SIGKILL)
     child.communicate()
     children_gone(folder)
     assert not (folder / "final").exists()
-    resume = ["train", "--resume", f"--output_dir={folder}"]
-    child = start([*launcher, "-m", "rlcr", *resume])
+    assert len(lines(folder)) < STEPS
+    child = start([*launcher, "-m", "rlcr", "train", "--resume", f"--output_dir={folder}"])
     _, errors = child.communicate(timeout=400)
     assert child.returncode == 0, errors[-3000:]
     assert_same_run(folder, whole)

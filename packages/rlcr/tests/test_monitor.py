@@ -142,6 +142,18 @@ class TestHedgingCollapse:
             ("hedging_collapse", 6)
         ]
 
+    def test_doubt_without_discrimination(self):
+        """Accuracy holds, but q says nothing and is low: three logs after the start."""
+        doubting = log(confidence=0.2, auroc=0.55, brier=0.15)
+        monitor = Monitor()
+        rows = [*self.START, *[doubting] * 2, log(confidence=0.2, auroc=0.9), *[doubting] * 4]
+        assert feed(monitor, rows) == [("hedging_collapse", 9)]
+        assert "q is 0.20" in monitor.alarms[0].message
+        assert "AUROC 0.55" in monitor.alarms[0].message
+        for fine in ({"confidence": 0.25}, {"auroc": 0.6}, {"brier": 0.21}, {"auroc": NAN}):
+            changes = {"confidence": 0.2, "auroc": 0.55, "brier": 0.15, **fine}
+            assert feed(Monitor(), [*self.START, *[log(**changes)] * 6]) == []
+
     def test_not_during_the_start(self):
         rows = [log(accuracy=0.9), *[log(accuracy=0.1)] * 4]
         assert feed(Monitor(), rows) == []

@@ -144,6 +144,8 @@ def test_read_forced_answer(reply, answer):
         ("120", None),
         ("-3", None),
         ("high", None),
+        ("<answer> 99 </answer> 80", None),
+        ("80 <answer> 99 </answer>", 0.8),
         ("٣", None),
         ("", None),
     ],
@@ -164,3 +166,12 @@ def test_prompt_hash_changes_with_every_setting_and_wording(monkeypatch):
     before = prompts.prompt_hash()
     monkeypatch.setitem(prompts.SYSTEM_PROMPTS, "tabc", "another wording")
     assert prompts.prompt_hash() != before
+
+
+def test_a_reply_that_has_begun_goes_on():
+    assert prompts.begun("2+2=", "<answer>") == "2+2=<answer>"
+    chat = [{"role": "user", "content": "2+2"}]
+    begun = prompts.begun(chat, "<answer>")
+    assert begun == [*chat, {"role": "assistant", "content": "<answer>"}]
+    assert prompts.begun(begun, "4")[-1]["content"] == "<answer>4"
+    assert chat == [{"role": "user", "content": "2+2"}]

@@ -461,5 +461,3 @@ def test_calibration_rises(tmp_path):
     assert sum(values[-8:]) / 8 > sum(values[:8]) / 8 + 0.05
     rewards = [row["reward"] for row in rows]
     assert sum(rewards[-8:]) > sum(rewards[:8])
-
-

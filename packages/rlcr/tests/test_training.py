@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -103,9 +102,7 @@ class TestFolder:
     def test_same_options_give_the_same_run(self, run, base, tmp_path):
         train(options(base, tmp_path / "again"))
         assert losses(tmp_path / "again") == losses(run)
-        one, two = (
-            load_file(f / "final" / "model.safetensors") for f in (run, tmp_path / "again")
-        )
+        one, two = (load_file(f / "final" / "model.safetensors") for f in (run, tmp_path / "again"))
         assert all(torch.equal(one[name], two[name]) for name in one)
 
     def test_another_seed_gives_another(self, run, base, tmp_path):
@@ -351,9 +348,7 @@ class TestWarmup:
         lines = [{"prompt": f"{p} ", "completion": render_completion(str(d), 0.5), "more": 1}
                  for p, d in zip(TASK.prompts(draws), draws.digit, strict=True)]  # fmt: skip
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        train(
-            options(base, tmp_path / "out", warmup_data=str(file), warmup_steps=2, max_steps=1)
-        )
+        train(options(base, tmp_path / "out", warmup_data=str(file), warmup_steps=2, max_steps=1))
         before = load_file(base / "model.safetensors")
         after = load_file(tmp_path / "out" / "warmup" / "model.safetensors")
         assert any(not torch.equal(after[name], before[name]) for name in before)
@@ -425,15 +420,15 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.slow
-def test_both_processes_end_with_the_same_weights(tmp_path):
+def test_both_processes_end_with_the_same_weights(base, tmp_path):
     """With a warm-up, which both processes do together, and learning the format."""
     script = tmp_path / "ranks.py"
     script.write_text(RANKS)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-        str(script), str(tmp_path), "train", f"--output_dir={tmp_path / 'out'}", "--model=toy",
+        str(script), str(tmp_path), "train", f"--output_dir={tmp_path / 'out'}", f"--model={base}",
         "--data=toy", "--device=cpu", "--max_steps=20", "--learning_rate=2e-3",
-        "--warmup_data=toy", "--warmup_steps=40", "--warmup_learning_rate=2e-3",
+        "--warmup_data=toy", "--warmup_steps=4", "--warmup_learning_rate=1e-4",
         "--training_args", "per_device_train_batch_size=64", "logging_steps=1",
         "verifier=exact_match",
     ]  # fmt: skip
@@ -449,4 +444,4 @@ def test_both_processes_end_with_the_same_weights(tmp_path):
     assert is_complete(tmp_path / "out" / "warmup")
     form = [row["rewards/format_reward/mean"] for row in rows(tmp_path / "out")[:20]]
     assert sum(form[-5:]) / 5 > max(0.5, sum(form[:5]) / 5)
-    assert Path(tmp_path / "out" / "metrics.jsonl").read_text().count('"step": 20,') >= 1
+    assert len(losses(tmp_path / "out")) == 20

@@ -104,7 +104,9 @@ def _parser() -> Parser:
         "--grade", metavar="VERIFIER", nargs="?", const="auto",
         help="grade completions first: auto, exact_match, math or choice",
     )  # fmt: skip
-    score.add_argument("--gold_column", default="answer", help="with --grade: the right answer")
+    score.add_argument(
+        "--gold_column", help="with --grade: the right answer (default: gold if there, else answer)"
+    )
     score.add_argument("--completion_column", default="completion", help="with --grade")
     score.add_argument("--format", default="tabc", choices=FORMATS, help="with --grade")
     score.add_argument("--strict", action="store_true", help="with --grade: read as training does")
@@ -231,6 +233,9 @@ def _is_first_process() -> bool:
 
 def _eval(arguments: argparse.Namespace) -> int:
     check_output_file(arguments.out)
+    out = Path(arguments.out)
+    if not arguments.resume and out.exists() and out.stat().st_size:
+        raise UserError(f"{out} has content; give --resume to go on with it, or another file.")
     for name in ("samples", "max_tokens", "batch_size"):
         if getattr(arguments, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(arguments, name)}.")
@@ -362,10 +367,18 @@ def _graded(arguments: argparse.Namespace) -> "Predictions":
     from rlcr.files import read_rows
     from rlcr.predictions import Predictions, grade_predictions
 
+    if arguments.scale != 1 or arguments.confidence_column != "confidence":
+        raise UserError(
+            "--grade reads the confidences from the completions; leave out --scale and "
+            "--confidence_column."
+        )
+    read = read_rows(arguments.file)
+    # In a file of rlcr eval `answer` is the model's own; taking it for gold would grade all right.
+    gold = arguments.gold_column or ("gold" if "gold" in read[0] else "answer")
     rows = grade_predictions(
-        read_rows(arguments.file),
+        read,
         verifier=arguments.grade,
-        gold=arguments.gold_column,
+        gold=gold,
         completion=arguments.completion_column,
         format=arguments.format,
         mode="strict" if arguments.strict else "lenient",

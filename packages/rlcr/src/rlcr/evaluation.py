@@ -16,6 +16,7 @@ from rlcr.metrics import CalibrationReport, calibration_report
 from rlcr.parsing import parse_completion
 from rlcr.predictions import Predictions, PredictionWriter, read_predictions
 from rlcr.prompts import (
+    begun,
     forced_answer,
     forced_confidence,
     read_forced_answer,
@@ -274,22 +275,20 @@ def _with_answer(text: str, stated: str | None, answer: str | None) -> str:
 def _continue(
     model: "TextModel", asked: Sequence[tuple[object, str]], max_tokens: int, stop: Sequence[str]
 ) -> list[str]:
-    """Continue assistant texts greedily: after a text prompt, or as the last message of a chat."""
+    """Continue assistant texts greedily; "" where the text leaves no room in the context."""
+    from tenfold_common.lm import PromptTooLong
+
     if not asked:
         return []
-    prompts = [_begun(prompt, text) for prompt, text in asked]  # pyright: ignore[reportArgumentType]
-    replies = model.sample(prompts, n=1, temperature=0.0, max_tokens=max_tokens, stop=stop)
+    prompts = [begun(prompt, text) for prompt, text in asked]  # pyright: ignore[reportArgumentType]
+    try:
+        replies = model.sample(prompts, n=1, temperature=0.0, max_tokens=max_tokens, stop=stop)  # pyright: ignore[reportArgumentType]
+    except PromptTooLong as error:
+        if len(asked) == 1:
+            logger.warning("a forced question does not fit (%s); nothing is recorded for it", error)
+            return [""]
+        return [_continue(model, [one], max_tokens, stop)[0] for one in asked]
     return [several[0].text for several in replies]
-
-
-def _begun(prompt: Prompt, text: str) -> Prompt:
-    """Return a prompt with the beginning of its reply, also where it holds one already."""
-    if isinstance(prompt, str):
-        return prompt + text
-    *before, last = prompt
-    if last["role"] != "assistant":
-        return [*prompt, {"role": "assistant", "content": text}]
-    return [*before, {"role": "assistant", "content": last["content"] + text}]
 
 
 def summary(predictions: Predictions, *, n_bins: int = 10, binning: str = "left") -> dict:

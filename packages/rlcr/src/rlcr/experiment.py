@@ -46,8 +46,8 @@ class ToySettings:
     """
 
     warmup_steps: int = 400
-    steps: int = 400
-    side_steps: int = 150
+    steps: int = 600
+    side_steps: int = 120
     hedging_warmup_steps: int = 120
     learning_rate: float = 1.5e-3
     entropy_coef: float = 0.03
@@ -168,6 +168,7 @@ def _run_arm(
         changes = {
             "rule": "log",
             "rule_parameters": {"eps": 0.05, "scaled": False},
+            "calibration_weight": 1.0,  # twice the weight of a right answer
             "allow_incorrect_incentive": True,
         }
     elif name == "hedging":

@@ -78,6 +78,8 @@ class Monitor:
         accuracy_share: Hedging collapse: accuracy stays below this share of its start while the
             Brier score is no worse than at the start.
         hedging_logs: For so many logs in a row; one log alone may be chance.
+        doubt: Hedging collapse as well: the mean of q stays below this for as many logs,
+        doubt_auroc: the AUROC below this, and the Brier score no worse than at the start.
         start_logs: How many logs make up the start.
         truncated_share: More completions than this cut off at the length limit.
     """
@@ -86,6 +88,8 @@ class Monitor:
     collapse_logs: int = 20
     accuracy_share: float = 0.8
     hedging_logs: int = 3
+    doubt: float = 0.25
+    doubt_auroc: float = 0.6
     start_logs: int = 3
     truncated_share: float = 0.5
     alarms: list[Alarm] = field(default_factory=list)
@@ -150,12 +154,14 @@ class Monitor:
             self._start.append((accuracy, brier))
             return ""
         first, first_brier = np.mean(self._start, axis=0)
+        fallen = accuracy < self.accuracy_share * first and brier <= first_brier
+        self._hedged = self._hedged + 1 if fallen else 0
         if brier > first_brier:
             return ""
         scores = f"the Brier score went from {first_brier:.3f} to {brier:.3f}"
-        if accuracy < self.accuracy_share * first:
+        if self._hedged >= self.hedging_logs:
             return f"accuracy fell from {first:.3f} to {accuracy:.3f} while {scores}"
-        if self._doubting >= self.start_logs:
+        if self._doubting >= self.hedging_logs:
             return (
                 f"q is {q:.2f} in the mean for right and wrong answers alike (AUROC {area:.2f}), "
                 f"and {scores} at accuracy {accuracy:.3f}"

@@ -8,6 +8,7 @@ of `rlcr.parsing`: t(hink), a(nswer), b (uncertainty analysis), c(onfidence).
 import hashlib
 import json
 import re
+from collections.abc import Mapping, Sequence
 
 from tenfold_common.errors import UserError, suggest
 
@@ -236,7 +237,8 @@ def read_forced_confidence(reply: str) -> float | None:
     None when there is no number, when it is outside 0 to 100, or when it looks like a fraction
     of 1 ("0.8", "1.0"): which scale was meant cannot be told, and a guess could be wrong by 100.
     """
-    found = re.search(r"(?<![\w.])-?[0-9]{1,9}(?:\.[0-9]{1,9})?", reply)
+    said = reply.partition("<")[0]  # a number inside tags is something else
+    found = re.search(r"(?<![\w.])-?[0-9]{1,9}(?:\.[0-9]{1,9})?", said)
     if found is None:
         return None
     value = float(found[0])
@@ -266,6 +268,21 @@ def prompt_hash(
         forced_confidence("{completion}"),
     ]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+def begun(prompt: str | Sequence[Mapping[str, str]], text: str) -> str | list[Mapping[str, str]]:
+    """Return a prompt with the beginning of its reply, for a model to go on.
+
+    Args:
+        prompt: Text, or messages; if the last is the assistant's, `text` is added to it.
+        text: What the reply begins with.
+    """
+    if isinstance(prompt, str):
+        return prompt + text
+    *before, last = prompt
+    if last["role"] != "assistant":
+        return [*prompt, {"role": "assistant", "content": text}]
+    return [*before, {"role": "assistant", "content": last["content"] + text}]
 
 
 def _closed(completion: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rlcr.metrics import pass_at_k
+from rlcr.prompts import begun
 from tenfold_common.errors import UserError, suggest
 
 if TYPE_CHECKING:
@@ -354,13 +355,8 @@ def ensemble_analyses(
         raise UserError(f"the completion has no answer to keep: {parsed.detail or parsed.error}")
     close = "</answer>"
     kept = completion[: completion.index(close, parsed.spans["answer"][1]) + len(close)]
-    start: Prompt
-    if isinstance(prompt, str):
-        start = prompt + kept
-    else:
-        start = [*prompt, {"role": "assistant", "content": kept}]
     (sampled,) = model.sample(
-        [start], n=k, temperature=temperature, max_tokens=max_tokens, seed=seed
+        [begun(prompt, kept)], n=k, temperature=temperature, max_tokens=max_tokens, seed=seed
     )
     stated = [parse_completion(kept + one.text, format).confidence for one in sampled]
     q = np.array([math.nan if x is None else x for x in stated], dtype=np.float64)

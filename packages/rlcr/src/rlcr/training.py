@@ -15,7 +15,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +130,7 @@ def _train_in(
         arguments,
         dataset,
         processing_class=tokenizer,
-        callbacks=[_SaveSteps(), MetricsFile(out / "metrics.jsonl"), *([stop] if single else [])],
+        callbacks=[_Resumption(), MetricsFile(out / "metrics.jsonl"), *([stop] if single else [])],
         peft_config=_peft_config(options),
     )
     trainer.remove_callback(PrinterCallback)
@@ -142,7 +142,7 @@ def _train_in(
         arguments.generation_batch_size,
         f", resuming from {checkpoint.name}" if checkpoint else "",
     )
-    with stop.listening() if single else nullcontext():
+    with stop.listening() if single else nullcontext(), suppress(_AllStepsDone):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
         logger.warning("stopped at step %d; go on with --resume", trainer.state.global_step)
@@ -167,14 +167,25 @@ def _train_in(
     return final
 
 
-class _SaveSteps(TrainerCallback):
-    """Saves as often as is asked for now; a resumed Trainer keeps its checkpoint's interval."""
+class _AllStepsDone(Exception):
+    """The checkpoint resumed from is the last: only the final folder is missing."""
+
+
+class _Resumption(TrainerCallback):
+    """Mends what a resumed Trainer does on its own."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        """Put the interval in place of the one read from the checkpoint."""
+        """Save as often as is asked for now, not as when the checkpoint was written."""
         state.save_steps = int(args.save_steps)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Take no step after the last one: the Trainer asks only after a step whether to stop."""
+        if state.global_step >= state.max_steps:
+            raise _AllStepsDone
 
 
 def training_arguments(options: TrainOptions) -> RLCRConfig:

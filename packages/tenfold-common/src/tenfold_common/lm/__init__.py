@@ -12,7 +12,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from tenfold_common.errors import UserError, suggest
-from tenfold_common.lm.base import FinishReason, Generation, Message, Prompt, Score, TextModel
+from tenfold_common.lm.base import (
+    FinishReason,
+    Generation,
+    Message,
+    Prompt,
+    PromptTooLong,
+    Score,
+    TextModel,
+)
 from tenfold_common.lm.scripted import ScriptedModel
 
 if TYPE_CHECKING:
@@ -29,6 +37,7 @@ __all__ = [
     "Generation",
     "Message",
     "Prompt",
+    "PromptTooLong",
     "Score",
     "ScriptedModel",
     "ServerModel",

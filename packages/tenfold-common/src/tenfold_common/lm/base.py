@@ -14,6 +14,10 @@ Message: TypeAlias = Mapping[str, str]
 Prompt: TypeAlias = "str | Sequence[Message]"
 
 
+class PromptTooLong(UserError):
+    """A prompt does not fit the model's context; the message gives both numbers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """One sampled text.

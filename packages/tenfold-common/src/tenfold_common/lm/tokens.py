@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tenfold_common.errors import UserError
-from tenfold_common.lm.base import Generation, Prompt, Score, first_stop
+from tenfold_common.lm.base import Generation, Prompt, PromptTooLong, Score, first_stop
 from tenfold_common.optional import require
 
 if TYPE_CHECKING:
@@ -169,10 +169,10 @@ def common_length(a: Sequence[object], b: Sequence[object]) -> int:
 
 
 def check_length(tokens: int, context: int | None, spare: int) -> None:
-    """Raise a UserError if a row of tokens and `spare` more do not fit the model's context."""
+    """Raise `PromptTooLong` if tokens and `spare` more do not fit the model's context."""
     if context is not None and tokens + spare > context:
         room = f" and needs room for {spare} more" if spare else ""
-        raise UserError(
+        raise PromptTooLong(
             f"a prompt has {tokens} tokens{room}, but the model's context is {context} tokens; "
             "shorten the prompt"
         )
