@@ -42,7 +42,8 @@ def bench_table(path: Path) -> str:
         ratio = "" if own is None or mine else f"{row['median_ms'] / own:.2f}"
         rows.append([row["name"], row["shape"], row["impl"], _ms(row["median_ms"]), ratio])
     env = bench["environment"]
-    line = f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}; `{bench['command']}`."
+    threads = f"{env['threads']} threads, " if env["threads"] else ""
+    line = f"{env['cpu']}, {threads}torch {env['torch']}; `{bench['command']}`."
     body = table(["what", "size", "by", "ms", "time over ours"], rows)
     return "\n\n".join([body, "\n".join(f"- {note}" for note in bench["notes"]), line])
 

@@ -247,6 +247,7 @@ def test_killed_before_the_final_folder_was_whole(undisturbed, tmp_path):
     assert_same_run(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_at_the_end_of_the_warm_up(tmp_path):
     more = ["--warmup_data=toy", "--warmup_steps=3", "--warmup_learning_rate=3e-3"]
     folder = tmp_path / "run"
@@ -262,14 +263,14 @@ def test_killed_at_the_end_of_the_warm_up(tmp_path):
     assert_same_run(folder, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("limit", [100_000, 1_000_000])
+@pytest.mark.parametrize("limit", [pytest.param(100_000, marks=pytest.mark.slow), 1_000_000])
 def test_full_disk_is_one_line(limit, base, tmp_path):
     """A limit on the size of files stands for a full disk: the first stops the weights of the
     first checkpoint, the second its optimiser."""
     folder = tmp_path / "run"
     child = start(
         ["-m", "rlcr", *arguments(base, folder, steps=2, save=1)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),  # noqa: PLW1509
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     _, errors = child.communicate(timeout=300)
     assert child.returncode == 2, errors[-2000:]

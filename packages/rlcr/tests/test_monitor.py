@@ -112,7 +112,7 @@ class TestConfidenceCollapse:
 
 
 class TestHedgingCollapse:
-    START = [log(accuracy=0.5), log(accuracy=0.6), log(accuracy=0.7)]  # mean .6, Brier .2
+    START = (log(accuracy=0.5), log(accuracy=0.6), log(accuracy=0.7))  # mean .6, Brier .2
 
     def test_accuracy_stays_low_while_brier_does_not_rise(self):
         monitor = Monitor()

@@ -162,7 +162,7 @@ class TestRefusals:
         assert not list((tmp_path / "out").iterdir())
 
     def test_a_model_that_is_not_there(self, base, tmp_path):
-        with pytest.raises(UserError, match="no tokenizer loads from .*nothing"):
+        with pytest.raises(UserError, match=r"no tokenizer loads from .*nothing"):
             train(options(base, tmp_path / "out", model=str(tmp_path / "nothing")))
         assert not (tmp_path / "out").exists()
 
@@ -204,7 +204,7 @@ class TestArguments:
             self.arguments(training_args={"temperatur": 1})
 
     def test_values_that_do_not_fit(self):
-        with pytest.raises(UserError, match="do not fit: .*divisible"):
+        with pytest.raises(UserError, match=r"do not fit: .*divisible"):
             self.arguments(training_args={"per_device_train_batch_size": 33})
 
     def test_negative_margin(self):

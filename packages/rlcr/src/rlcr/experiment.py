@@ -46,8 +46,8 @@ class ToySettings:
     """
 
     warmup_steps: int = 400
-    steps: int = 600
-    side_steps: int = 120
+    steps: int = 450
+    side_steps: int = 100
     hedging_warmup_steps: int = 120
     learning_rate: float = 1.5e-3
     entropy_coef: float = 0.03

@@ -96,6 +96,8 @@ class RLCRTrainer(AtomicCheckpoints, GRPOTrainer):
                 check_columns(dataset, columns)
         if processing_class is None:
             name = model if isinstance(model, str) else model.config._name_or_path
+            if not name:
+                raise UserError("the model was not loaded from anywhere; give processing_class.")
             processing_class = AutoTokenizer.from_pretrained(
                 name, trust_remote_code=args.trust_remote_code, padding_side="left"
             )
