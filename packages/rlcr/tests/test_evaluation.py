@@ -481,7 +481,7 @@ class TestTransformers:
         model = TransformersModel(*parts, context=180)
         rows = [{"id": "long", "prompt": "x" * 100, "answer": "4"}, {**self.ROWS[0], "id": "short"}]
         found = evaluate(model, rows, tmp_path / "p.jsonl", max_tokens=60)
-        assert [r["answer_source"] for r in found.rows][0] == "missing"
+        assert found.rows[0]["answer_source"] == "missing"
         assert len(found.rows) == 2
         assert "does not fit" in caplog.text
 
