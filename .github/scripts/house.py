@@ -69,11 +69,16 @@ def has_demo(package: str, root: Path = ROOT) -> bool:
     return package in scripts and demo.is_file()
 
 
-def has_marked_tests(package: str, marker: str, root: Path = ROOT) -> bool:
-    """Whether any test file of a package uses `pytest.mark.<marker>`."""
+def marked_tests(package: str, marker: str, root: Path = ROOT) -> list[Path]:
+    """The test files of a package that use `pytest.mark.<marker>`."""
     pattern = re.compile(rf"\bmark\.{re.escape(marker)}\b")
     tests = folder(package, root) / "tests"
-    return any(pattern.search(p.read_text("utf-8")) for p in sorted(tests.rglob("*.py")))
+    return [p for p in sorted(tests.rglob("*.py")) if pattern.search(p.read_text("utf-8"))]
+
+
+def has_marked_tests(package: str, marker: str, root: Path = ROOT) -> bool:
+    """Whether any test file of a package uses `pytest.mark.<marker>`."""
+    return bool(marked_tests(package, marker, root))
 
 
 def benchmarks(package: str, *, gpu: bool, root: Path = ROOT) -> list[Path]:
