@@ -535,7 +535,7 @@ class TestEval:
 
     @pytest.mark.parametrize("more", [[], ["--model_name=m"]], ids=["any model", "named"])
     def test_no_server_is_one_line(self, tmp_path, capsys, monkeypatch, more):
-        quick = {**ServerModel.__init__.__kwdefaults__, "backoff": 0.0, "retries": 1}
+        quick = {**(ServerModel.__init__.__kwdefaults__ or {}), "backoff": 0.0, "retries": 1}
         monkeypatch.setattr(ServerModel.__init__, "__kwdefaults__", quick)
         data = write(tmp_path / "e.jsonl", self.ROWS)
         command = ["eval", "--model=http://127.0.0.1:1", f"--data={data}", *more]
