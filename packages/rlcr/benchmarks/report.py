@@ -12,7 +12,11 @@ from tenfold_common.results import Result, load_bench, update_between_markers
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-READMES = {HERE.parent / "README.md": "benchmarks/", HERE / "README.md": ""}
+KINDS = ("demo", "rewards", "metrics", "step")
+READMES = {  # the file, the way from it to benchmarks/, and the tables in it
+    HERE.parent / "README.md": ("benchmarks/", KINDS[:1]),
+    HERE / "README.md": ("", KINDS),
+}
 
 
 def newest(kind: str) -> Path | None:
@@ -23,7 +27,9 @@ def newest(kind: str) -> Path | None:
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
     """A markdown table."""
+    columns = [column.replace("|", "\\|") for column in columns]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
@@ -55,12 +61,15 @@ def _ms(value: float) -> str:
 def demo_table(path: Path) -> str:
     """The demo's table and claims."""
     result = Result.load(path)
-    rows = [[c.name, c.claimed, f"{c.measured:.4g}", c.expected] for c in result.claims]
+    rows = [
+        [c.name, c.claimed, f"{c.measured:.4g}", c.expected, "PASS" if c.passed else "FAIL"]
+        for c in result.claims
+    ]
     first, votes = result.tables[0], result.tables[2]
     return "\n\n".join(
         [
             table(first.columns, [[_cell(x) for x in row] for row in first.rows]),
-            table(["claim", "claimed", "measured", "expected"], rows),
+            table(["claim", "claimed", "measured", "expected", "result"], rows),
             f"{votes.title}: " + ", ".join(f"{row[0]} {row[1]}" for row in votes.rows) + ".",
         ]
     )
@@ -90,8 +99,8 @@ def main(argv: list[str]) -> int:
     """Rewrite both files."""
     if argv:
         raise UserError(f"report.py takes no arguments, got {' '.join(argv)}")
-    for kind in TABLES:
-        for readme, folder in READMES.items():
+    for readme, (folder, kinds) in READMES.items():
+        for kind in kinds:
             changed = update_between_markers(readme, kind, text_of(kind, folder))
             print(
                 f"{readme.relative_to(HERE.parent)}: {kind} {'updated' if changed else 'as it was'}"

@@ -445,6 +445,16 @@ class TestData:
         assert "cannot load" in line
 
 
+@pytest.mark.parametrize("verb", ["score", "vote"])
+def test_figures_never_replace_their_input(verb, tmp_path, capsys):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"id": "a#0", "confidence": 0.5, "correct": true, "answer": "1"}\n')
+    before = file.read_bytes()
+    assert "would overwrite" in refused(capsys, verb, file, "--json", file)
+    assert "seed is -1" in refused(capsys, verb, file, "--seed", "-1")
+    assert file.read_bytes() == before
+
+
 class TestEval:
     ROWS = [  # noqa: RUF012
         {"id": f"ü{i}", "prompt": f"{i}+{i}=", "answer": f"{2 * i}"} for i in range(3)

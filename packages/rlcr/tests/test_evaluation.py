@@ -9,7 +9,7 @@ from rlcr.evaluation import evaluate, prompt_text, summary, vote_on_file
 from rlcr.metrics import MetricsWarning, calibration_report
 from rlcr.parsing import render_completion
 from rlcr.predictions import read_metadata
-from rlcr.verify import ExactMatch, MathVerifier
+from rlcr.verify import ExactMatch, MathVerifier, get_verifier
 from tenfold_common.errors import UserError
 from tenfold_common.lm import ScriptedModel, TransformersModel
 from tenfold_common.tiny import byte_tokenizer, tiny_llama
@@ -517,3 +517,10 @@ class TestTransformers:
         for one, other in zip(*results, strict=True):
             assert {**one, "prompt": 0} == {**other, "prompt": 0}
         assert results[0][0]["completion"] != results[0][1]["completion"]
+
+
+def test_fractional_grades_stay_fractions(tmp_path):
+    found = evaluate(
+        scripted(FULL), rows_of(), tmp_path / "p.jsonl", verifier=get_verifier(lambda a, g: 0.25)
+    )
+    assert found.correct.tolist() == [0.25]

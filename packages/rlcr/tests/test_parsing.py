@@ -356,3 +356,16 @@ def test_time_is_linear_in_hostile_text(piece: str, mode: str) -> None:
     assert seconds(100_000) < 0.1
     # 8 times the text: 8 times the time if linear, 64 times if quadratic.
     assert seconds(800_000) < 24 * seconds(100_000) + 0.002
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("</think><answer>4</answer> note </answer>", "4"),
+        ("<answer><answer>4</answer></answer>", "4"),
+        ("<think>maybe <answer>3 hmm</think> so 4</answer>", None),
+        ("<answer>3</answer></think> so <answer>4</answer> <answer>5", "4"),
+    ],
+)
+def test_lenient_reading_takes_no_block_apart(text, answer):
+    assert parse_completion(text, mode="lenient").answer == answer

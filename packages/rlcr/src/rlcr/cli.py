@@ -235,7 +235,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     check_output_file(arguments.out)
     out = Path(arguments.out)
     if not arguments.resume and out.exists() and out.stat().st_size:
-        raise UserError(f"{out} has content; give --resume to go on with it, or another file.")
+        raise UserError(f"{out}: the file has content; resume the run, or name another file")
     for name in ("samples", "max_tokens", "batch_size"):
         if getattr(arguments, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(arguments, name)}.")
@@ -304,9 +304,18 @@ def _print_summary(found: dict[str, Any]) -> None:
         print(f"\n{name}\n{report}")
 
 
-def _score(arguments: argparse.Namespace) -> int:
+def _check_figures(arguments: argparse.Namespace) -> None:
+    """Check --json and --seed before the work."""
+    if arguments.seed < 0:
+        raise UserError(f"seed is {arguments.seed}; it must not be negative.")
     if arguments.json:
         check_output_file(arguments.json)
+        if Path(arguments.json).resolve() == Path(arguments.file).resolve():
+            raise UserError(f"--json would overwrite {arguments.file}; name another file.")
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    _check_figures(arguments)
     import numpy as np
 
     from rlcr.metrics import calibration_report
@@ -419,8 +428,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 
 def _vote(arguments: argparse.Namespace) -> int:
-    if arguments.json:
-        check_output_file(arguments.json)
+    _check_figures(arguments)
     from rlcr.evaluation import vote_on_file
 
     found = vote_on_file(arguments.file, verifier=arguments.verifier, seed=arguments.seed)

@@ -14,7 +14,7 @@ import numpy as np
 
 from rlcr.metrics import CalibrationReport, calibration_report
 from rlcr.parsing import parse_completion
-from rlcr.predictions import Predictions, PredictionWriter, read_predictions
+from rlcr.predictions import Predictions, PredictionWriter, graded_value, read_predictions
 from rlcr.prompts import (
     begun,
     forced_answer,
@@ -254,7 +254,7 @@ def _ask(
             "completion": texts[i],
             "answer": answers[i],
             "confidence": confidences[i],
-            "correct": None if grades[i] is None else bool(grades[i]),
+            "correct": graded_value(grades[i]),
             "source": sources[i],
             "answer_source": answer_sources[i],
             "gold": each[i][gold_column],

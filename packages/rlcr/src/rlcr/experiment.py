@@ -47,7 +47,7 @@ class ToySettings:
 
     warmup_steps: int = 400
     steps: int = 450
-    side_steps: int = 100
+    side_steps: int = 150
     hedging_warmup_steps: int = 120
     learning_rate: float = 1.5e-3
     entropy_coef: float = 0.03
@@ -173,7 +173,7 @@ def _run_arm(
         }
     elif name == "hedging":
         model = _warm_up(task, settings, settings.hedging_warmup_steps, seed, folder / "sft")
-        changes = {"entropy_coef": 0.0, "learning_rate": 2e-3}
+        changes = {"entropy_coef": 0.0, "learning_rate": 2e-3, "logging_steps": 4}
     args = RLCRConfig.preset(
         "tiny",
         str(folder),

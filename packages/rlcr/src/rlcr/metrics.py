@@ -115,9 +115,12 @@ def _range(values: NDArray, name: str) -> tuple[float, float]:
     return low, high
 
 
+_MOST_BINS = 100_000
+
+
 def _check_bins(n_bins: int, binning: str) -> None:
-    if n_bins < 1:
-        raise UserError(f"n_bins must be at least 1, not {n_bins}")
+    if not isinstance(n_bins, int) or not 1 <= n_bins <= _MOST_BINS:
+        raise UserError(f"n_bins must be a whole number from 1 to {_MOST_BINS}, not {n_bins}")
     if binning not in BINNINGS:
         raise UserError(
             f"binning must be one of {', '.join(BINNINGS)}, not {binning!r}."

@@ -281,7 +281,7 @@ def _recovered(text: str) -> tuple[dict[str, Span], float | None]:
     if close >= 0:
         spans["think"] = _think_span(text, close)
     for name in _BLOCKS["tabc"]:
-        span = _last_block(text, name, max(close, 0)) or _last_block(text, name, 0)
+        span = _last_block(text, name)
         if span is not None and (name != "answer" or span[0] < span[1]):
             spans[name] = span
     confidence = None
@@ -290,10 +290,17 @@ def _recovered(text: str) -> tuple[dict[str, Span], float | None]:
     return spans, confidence
 
 
-def _last_block(text: str, name: str, least: int) -> Span | None:
-    end = text.rfind(f"</{name}>", least)
-    start = text.rfind(f"<{name}>", least, end) if end >= 0 else -1
-    return _stripped(text, start + len(name) + 2, end) if start >= 0 else None
+def _last_block(text: str, name: str) -> Span | None:
+    """Return the last opening tag's content up to its closing one, if no other tag lies between."""
+    before = text.rfind(f"</{name}>")
+    start = text.rfind(f"<{name}>", 0, before) if before >= 0 else -1
+    if start < 0:
+        return None
+    inside = start + len(name) + 2
+    tag = _TAG.search(text, inside)
+    if tag is None or tag[0] != f"</{name}>":
+        return None
+    return _stripped(text, inside, tag.start())
 
 
 def _lenient_number(content: str) -> float | None:

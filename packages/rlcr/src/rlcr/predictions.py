@@ -276,11 +276,16 @@ def grade_predictions(
             "gold": target,
             "answer": p.answer,
             "confidence": p.confidence,
-            "correct": None if grade is None else bool(grade),
+            "correct": graded_value(grade),
             "error": p.error,
         }
         for row, target, p, grade in zip(rows, golds, parsed, grades, strict=True)
     ]
+
+
+def graded_value(grade: float | None) -> bool | float | None:
+    """Return a grade as it is written: true or false, or the fraction a verifier gave."""
+    return bool(grade) if grade in (0, 1) else grade
 
 
 def _complete_records(path: Path, data: bytes) -> tuple[list[dict[str, object]], int]:

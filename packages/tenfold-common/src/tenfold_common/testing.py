@@ -54,7 +54,8 @@ def assert_matches_reference(
     """Require that a fast result is at most twice as far from the truth as a plain one.
 
     With `ref` in high precision and `low` the same reference computed in the dtype of `out`:
-    `max|out - ref| <= 2 max|low - ref| + 2 max|(ref + 0.3 - 0.3) - ref|`. Nothing can loosen it.
+    `max|out - ref| <= 2 max|low - ref| + 2 max|(ref + 0.3 - 0.3) - ref|`, the last term in the type of
+    `low`. Nothing can loosen it.
 
     Args:
         out: What is tested, any shape and floating dtype.
@@ -87,7 +88,8 @@ def assert_matches_reference(
             )
     if not out.numel():
         return 0.0
-    rounding = ((ref + 0.3 - 0.3) - ref).abs().max().double().item()
+    near = ref.to(low.dtype)  # rounding is that of the type under test, not of the reference's
+    rounding = ((near + 0.3 - 0.3) - near).abs().max().double().item()
     error = (out.double() - ref.double()).abs()
     allowed = 2 * (low.double() - ref.double()).abs().max().item() + 2 * rounding
     worst = error.max().item()
