@@ -44,7 +44,7 @@ def run_demo(out_dir: Path, *, seed: int = 0, full: bool = False) -> Result:
         full: Three seeds in place of one.
 
     Returns:
-        Claims, tables, figures and notes. About four minutes a seed on one CPU thread.
+        Claims, tables, figures and notes. Four to seven minutes a seed on one CPU thread.
     """
     started = time.monotonic()
     out_dir = Path(out_dir)
