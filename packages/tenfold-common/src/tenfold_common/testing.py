@@ -54,8 +54,8 @@ def assert_matches_reference(
     """Require that a fast result is at most twice as far from the truth as a plain one.
 
     With `ref` in high precision and `low` the same reference computed in the dtype of `out`:
-    `max|out - ref| <= 2 max|low - ref| + 2 max|(ref + 0.3 - 0.3) - ref|`, the last term in the type of
-    `low`. Nothing can loosen it.
+    `max|out - ref| <= 2 max|low - ref| + 2 max|(ref + 0.3 - 0.3) - ref|`, the last term in the
+    dtype of `low`. Nothing can loosen it.
 
     Args:
         out: What is tested, any shape and floating dtype.
