@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -102,6 +103,34 @@ def test_killed_at_a_random_step_and_resumed(undisturbed, tmp_path):
     assert not (folder / "final").exists()
     run(folder, resume=True)
     assert losses(folder) == losses(undisturbed)
+
+
+def test_killed_before_the_final_folder_was_whole(undisturbed, tmp_path):
+    """All steps done, the last save cut short: resuming writes it, without another step."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    (folder / "final").rename(folder / ".final.unfinished")
+    (folder / ".final.unfinished" / "COMPLETE").unlink()
+    run(folder, resume=True)
+    assert losses(folder) == losses(undisturbed)
+    weights = "final/model.safetensors"
+    assert (folder / weights).read_bytes() == (undisturbed / weights).read_bytes()
+
+
+def test_full_disk_is_one_line(tmp_path):
+    """A limit on the size of files stands for a full disk; safetensors raises no OSError."""
+    command = [sys.executable, "-m", "path_attn", "train", f"--output_dir={tmp_path / 'run'}"]
+    for name, value in {**OPTIONS, "max_steps": 2, "save_steps": 1}.items():
+        command.append(f"--{name}={value}")
+    child = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=300,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000)),
+    )  # fmt: skip
+    assert child.returncode == 2, child.stderr[-2000:]
+    assert "Traceback" not in child.stderr
+    last = child.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "disk" in last or "too large" in last
+    assert not list((tmp_path / "run").glob("checkpoint-*/COMPLETE"))
 
 
 def test_killed_inside_a_save_and_resumed(undisturbed, tmp_path, caplog):

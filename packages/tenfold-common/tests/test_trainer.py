@@ -9,11 +9,12 @@ import threading
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from tenfold_common.atomic import check_output_file, is_complete, locked_folder, write_json
-from tenfold_common.errors import UserError
+from tenfold_common.errors import CheckpointError, UserError
 from tenfold_common.tiny import tiny_llama
 from tenfold_common.trainer import (
     AtomicCheckpoints,
@@ -21,6 +22,9 @@ from tenfold_common.trainer import (
     StopOnSignal,
     Stopped,
     delete_folder,
+    disk_errors,
+    resume_point,
+    train_to_the_end,
 )
 
 
@@ -112,6 +116,84 @@ def test_deleting_takes_the_marker_first(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         delete_folder(folder)
     assert (folder / "weights").exists()
+
+
+class TestTrainToTheEnd:
+    def test_no_step_after_the_last(self, tmp_path):
+        train_to_the_end(trainer(tmp_path))
+        again = trainer(tmp_path)
+        taken = []
+        step = again.training_step
+        again.training_step = lambda *a, **k: taken.append(1) or step(*a, **k)
+        train_to_the_end(again, tmp_path / "checkpoint-6")
+        assert taken == []
+        assert again.state.global_step == 6
+        again = trainer(tmp_path)
+        step = again.training_step
+        again.training_step = lambda *a, **k: taken.append(1) or step(*a, **k)
+        train_to_the_end(again, tmp_path / "checkpoint-4")
+        assert len(taken) == 2
+
+    def test_saves_as_often_as_asked_for_now(self, tmp_path):
+        train_to_the_end(trainer(tmp_path, steps=6))
+        for gone in (tmp_path / "checkpoint-4", tmp_path / "checkpoint-6"):
+            delete_folder(gone)
+        again = trainer(tmp_path, keep=9)
+        again.args.save_steps = 3
+        train_to_the_end(again, resume_point(tmp_path))
+        assert {p.name for p in tmp_path.glob("checkpoint-*")} == {
+            "checkpoint-3", "checkpoint-6"
+        }  # fmt: skip
+
+    def test_a_signal_saves_and_is_told(self, tmp_path):
+        made = trainer(tmp_path)
+        step = made.training_step
+
+        def signalled(*arguments, **named):
+            if made.state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(*arguments, **named)
+
+        made.training_step = signalled
+        with pytest.raises(Stopped) as raised:
+            train_to_the_end(made)
+        assert raised.value.number == signal.SIGTERM
+        assert is_complete(tmp_path / "checkpoint-3")
+        assert resume_point(tmp_path) == tmp_path / "checkpoint-3"
+
+
+class TestResumePoint:
+    def test_incomplete_ones_are_passed_over(self, tmp_path, caplog):
+        assert resume_point(tmp_path) is None
+        assert "starting from the first step" in caplog.text
+        train_to_the_end(trainer(tmp_path, steps=4))
+        (tmp_path / "checkpoint-9").mkdir()
+        assert resume_point(tmp_path) == tmp_path / "checkpoint-4"
+        assert "skipping checkpoint-9" in caplog.text
+
+    def test_damage_is_not_a_fresh_start(self, tmp_path):
+        train_to_the_end(trainer(tmp_path, steps=2))
+        (tmp_path / "checkpoint-2" / "model.safetensors").write_bytes(b"short")
+        with pytest.raises(CheckpointError, match=r"damaged: .*model\.safetensors"):
+            resume_point(tmp_path)
+
+
+class TestDiskErrors:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            RuntimeError("[enforce fail at inline_container.cc:815] . unexpected pos 64 vs 0"),
+        ],
+    )
+    def test_full_disk(self, error, tmp_path):
+        with pytest.raises(UserError, match="disk may be full") as raised, disk_errors(tmp_path):
+            raise error
+        assert str(tmp_path) in str(raised.value)
+
+    def test_other_errors_pass(self, tmp_path):
+        with pytest.raises(RuntimeError, match="shapes"), disk_errors(tmp_path):
+            raise RuntimeError("shapes do not match")
 
 
 class TestSignals:

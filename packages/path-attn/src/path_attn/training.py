@@ -24,13 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import PrinterCallback, Trainer, TrainingArguments, default_data_collator
 
 from path_attn.checks import choose_backend
 from path_attn.config import COMPARISON_FILE, TrainConfig, read_config_file
@@ -47,7 +41,6 @@ from tenfold_common.atomic import (
     is_complete,
     locked_folder,
     mark_complete,
-    newest_complete,
     prepare_output_dir,
     verify,
     write_json,
@@ -57,9 +50,10 @@ from tenfold_common.errors import CheckpointError, UserError, suggest
 from tenfold_common.trainer import (
     AtomicCheckpoints,
     MetricsFile,
-    StopOnSignal,
-    Stopped,
     delete_folder,
+    disk_errors,
+    resume_point,
+    train_to_the_end,
 )
 
 if TYPE_CHECKING:
@@ -146,7 +140,8 @@ def train(config: TrainConfig) -> Path:
         with arguments.main_process_first(desc="preparing the output folder"):
             if main:
                 _prepare_folder(config, out)
-        return _train_in(out, config, arguments, tokenizer, model, data, validation)
+        with disk_errors(out):
+            return _train_in(out, config, arguments, tokenizer, model, data, validation)
 
 
 def _train_in(
@@ -166,11 +161,8 @@ def _train_in(
     if config.resume and is_complete(final):
         logger.info("%s is complete; nothing to do", final)
         return final
-    checkpoint = _resume_point(out) if config.resume else None
+    checkpoint = resume_point(out) if config.resume else None
 
-    stop = StopOnSignal()
-    callbacks: list[TrainerCallback] = [MetricsFile(out / METRICS_FILE)]
-    single = arguments.world_size == 1
     trainer = AtomicTrainer(
         keep=config.save_total_limit,
         model=model,
@@ -179,20 +171,12 @@ def _train_in(
         eval_dataset=validation,
         data_collator=default_data_collator,
         processing_class=tokenizer,
-        callbacks=[*callbacks, stop] if single else callbacks,
+        callbacks=[MetricsFile(out / METRICS_FILE)],
     )
     trainer.remove_callback(PrinterCallback)
     if main:
         _log_start(config, model, arguments, checkpoint)
-    if single:
-        with stop.listening():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    else:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
-        logger.warning("stopped at step %d; go on with --resume", trainer.state.global_step)
-        raise Stopped(stop.received)
-
+    train_to_the_end(trainer, checkpoint)
     unfinished = out / f".{FINAL}.unfinished"
     if main:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -442,22 +426,6 @@ def _portable(config: TrainConfig) -> dict[str, Any]:
     if config.data is not None:
         values["data"] = str(Path(config.data).resolve())
     return {k: v for k, v in values.items() if k not in ("resume", "overwrite", "output_dir")}
-
-
-def _resume_point(out: Path) -> Path | None:
-    """Return the newest complete checkpoint and say which were passed over."""
-    newest, skipped = newest_complete(out, "checkpoint-*")
-    for folder, reason in skipped:
-        logger.warning("skipping %s: %s", folder.name, reason)
-    damaged = [(folder, reason) for folder, reason in skipped if (folder / "COMPLETE").exists()]
-    if newest is None and damaged:
-        raise CheckpointError(
-            f"{out} has no checkpoint to resume from, and one that was complete is damaged: "
-            f"{damaged[0][1]}. Start again with --overwrite."
-        )
-    if newest is None:
-        logger.warning("%s has no complete checkpoint yet; starting from the first step", out)
-    return newest
 
 
 def _log_start(

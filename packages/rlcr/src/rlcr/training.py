@@ -14,22 +14,13 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 from rlcr.config import PRESETS, RLCRConfig
 from rlcr.options import TrainOptions
@@ -39,14 +30,19 @@ from tenfold_common.atomic import (
     is_complete,
     locked_folder,
     mark_complete,
-    newest_complete,
     prepare_output_dir,
     write_json,
 )
 from tenfold_common.device import resolve_device
-from tenfold_common.errors import CheckpointError, UserError, suggest
+from tenfold_common.errors import UserError, suggest
 from tenfold_common.optional import require
-from tenfold_common.trainer import MetricsFile, StopOnSignal, Stopped, delete_folder
+from tenfold_common.trainer import (
+    MetricsFile,
+    delete_folder,
+    disk_errors,
+    resume_point,
+    train_to_the_end,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,23 +86,8 @@ def train(options: TrainOptions) -> Path:
             if main:
                 prepare_output_dir(out, resume=options.resume, overwrite=options.overwrite)
                 write_json(out / OPTIONS_FILE, _portable(options))
-        with _write_errors(out):
+        with disk_errors(out):
             return _train_in(out, options, arguments, tokenizer, dataset)
-
-
-@contextmanager
-def _write_errors(out: Path) -> Iterator[None]:
-    """Make one line of what the writers of weights and optimisers say when the disk is full."""
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:  # neither writer raises an OSError
-        text = " ".join(str(error).split())
-        if not any(word in text for word in ("os error", "inline_container", "StreamWriter")):
-            raise
-        raise UserError(
-            f"cannot write to {out}; the disk may be full: {text[:200]}. What was complete before "
-            "stays; make room and go on with --resume."
-        ) from error
 
 
 def _train_in(
@@ -117,20 +98,19 @@ def _train_in(
     dataset: "Dataset",
 ) -> Path:
     """Warm up, train and save in a folder that is ready."""
-    main, single = arguments.process_index == 0, arguments.world_size == 1
+    main = arguments.process_index == 0
     final = out / FINAL
     if options.resume and is_complete(final):
         logger.info("%s is complete; nothing to do", final)
         return final
-    checkpoint = _resume_point(out) if options.resume else None
+    checkpoint = resume_point(out) if options.resume else None
     model = _model(options, out, arguments, tokenizer)
-    stop = StopOnSignal()
     trainer = RLCRTrainer(
         model,
         arguments,
         dataset,
         processing_class=tokenizer,
-        callbacks=[_Resumption(), MetricsFile(out / "metrics.jsonl"), *([stop] if single else [])],
+        callbacks=[MetricsFile(out / "metrics.jsonl")],
         peft_config=_peft_config(options),
     )
     trainer.remove_callback(PrinterCallback)
@@ -142,11 +122,7 @@ def _train_in(
         arguments.generation_batch_size,
         f", resuming from {checkpoint.name}" if checkpoint else "",
     )
-    with stop.listening() if single else nullcontext(), suppress(_AllStepsDone):
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
-        logger.warning("stopped at step %d; go on with --resume", trainer.state.global_step)
-        raise Stopped(stop.received)
+    train_to_the_end(trainer, checkpoint)
     unfinished = out / f".{FINAL}.unfinished"
     if main:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -165,27 +141,6 @@ def _train_in(
         unfinished.replace(final)
     trainer.accelerator.wait_for_everyone()
     return final
-
-
-class _AllStepsDone(Exception):
-    """The checkpoint resumed from is the last: only the final folder is missing."""
-
-
-class _Resumption(TrainerCallback):
-    """Mends what a resumed Trainer does on its own."""
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
-        """Save as often as is asked for now, not as when the checkpoint was written."""
-        state.save_steps = int(args.save_steps)
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
-    ) -> None:
-        """Take no step after the last one: the Trainer asks only after a step whether to stop."""
-        if state.global_step >= state.max_steps:
-            raise _AllStepsDone
 
 
 def training_arguments(options: TrainOptions) -> RLCRConfig:
@@ -373,19 +328,3 @@ def _check_same_run(options: TrainOptions, out: Path) -> None:
                 f"{out} was started with {name} {before.get(name)!r}, not {value!r}; a resumed run "
                 "cannot change it."
             )
-
-
-def _resume_point(out: Path) -> Path | None:
-    """Return the newest complete checkpoint and say which were passed over."""
-    newest, skipped = newest_complete(out, "checkpoint-*")
-    for folder, reason in skipped:
-        logger.warning("skipping %s: %s", folder.name, reason)
-    damaged = [(folder, reason) for folder, reason in skipped if (folder / "COMPLETE").exists()]
-    if newest is None and damaged:
-        raise CheckpointError(
-            f"{out} has no checkpoint to resume from, and one that was complete is damaged: "
-            f"{damaged[0][1]}. Start again with --overwrite."
-        )
-    if newest is None:
-        logger.warning("%s has no complete checkpoint yet; starting from the first step", out)
-    return newest

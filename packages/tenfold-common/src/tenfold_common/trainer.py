@@ -10,17 +10,18 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tenfold_common.atomic import atomic_write, is_complete, mark_complete
-from tenfold_common.errors import UserError
+from tenfold_common.atomic import atomic_write, is_complete, mark_complete, newest_complete
+from tenfold_common.errors import CheckpointError, UserError
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -185,3 +186,93 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None and state.global_step % int(args.logging_steps) == 0:
             control.should_save = True
             control.should_training_stop = True
+
+
+def resume_point(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run's folder and log which were passed over.
+
+    Args:
+        folder: Where the `checkpoint-N` folders are.
+
+    Returns:
+        The checkpoint, or None where the run has to start from its first step.
+
+    Raises:
+        CheckpointError: there is none, and one that was complete is damaged.
+    """
+    newest, skipped = newest_complete(folder, "checkpoint-*")
+    for passed, reason in skipped:
+        logger.warning("skipping %s: %s", passed.name, reason)
+    damaged = [reason for passed, reason in skipped if (passed / "COMPLETE").exists()]
+    if newest is None and damaged:
+        raise CheckpointError(
+            f"{folder} has no checkpoint to resume from, and one that was complete is damaged: "
+            f"{damaged[0]}. Start again with --overwrite."
+        )
+    if newest is None:
+        logger.warning("%s has no complete checkpoint yet; starting from the first step", folder)
+    return newest
+
+
+def train_to_the_end(trainer: "_Trainer", checkpoint: Path | None = None) -> None:
+    """Run a Trainer up to `max_steps`; a single process stops cleanly at a signal.
+
+    Beside `trainer.train`, a resumed run saves as often as its arguments say, not as those of the
+    checkpoint did, and takes no step more when the checkpoint is of the last step.
+
+    Args:
+        trainer: A `transformers.Trainer`.
+        checkpoint: Where to go on, see `resume_point`. Defaults to the first step.
+
+    Raises:
+        Stopped: a signal came before the last step; a checkpoint was saved.
+    """
+    stop = StopOnSignal()
+    single = trainer.args.world_size == 1
+    for callback in (_Resumption(), stop) if single else (_Resumption(),):
+        trainer.add_callback(callback)
+    with stop.listening() if single else nullcontext(), suppress(_AllStepsDone):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
+        logger.warning("stopped at step %d; go on with --resume", trainer.state.global_step)
+        raise Stopped(stop.received)
+
+
+class _AllStepsDone(Exception):
+    """The checkpoint resumed from is the last."""
+
+
+class _Resumption(TrainerCallback):
+    """Mends what a resumed Trainer does on its own."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Save as often as is asked for now, not as when the checkpoint was written."""
+        state.save_steps = int(args.save_steps)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Take no step after the last one: the Trainer asks only after a step whether to stop."""
+        if state.global_step >= state.max_steps:
+            raise _AllStepsDone
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Make one line of what the writers of weights and optimisers say when the disk is full.
+
+    Raises:
+        UserError: a writer inside the block failed for want of room; its own error is no OSError.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if not any(word in text for word in ("os error", "inline_container", "StreamWriter")):
+            raise
+        raise UserError(
+            f"cannot write to {folder}; the disk may be full: {text[:200]}. What was complete "
+            "before stays; make room and go on with --resume."
+        ) from error
