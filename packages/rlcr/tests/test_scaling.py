@@ -139,6 +139,37 @@ def test_bad_votes(answers, q, method, words):
         scaling.aggregate(answers, q, method)
 
 
+@pytest.mark.parametrize(
+    ("answers", "q", "words"),
+    [
+        ([1, 2], [0.5, 0.5], "answer 0 must be a str, .* not 1"),
+        (["a", b"b"], [0.5, 0.5], "answer 1 must be a str, .* not b'b'"),
+        ("ab", [0.5, 0.5], "a list of texts, one for each sample, not 'ab'"),
+        (None, [0.5], "a list of texts, .* not None"),
+        ({"a", "b"}, [0.5, 0.5], "a list of texts"),
+        (["a", "b"], ["0.5", "0.5"], "numbers in .* not '0.5'"),
+        (["a", "b"], [0.5, "0.5"], "numbers in .* not '0.5'"),
+        (["a", "b"], np.array(["0.5", "0.5"]), "numbers in .* not '0.5'"),
+        (["a", "b"], [0.5, [0.5]], r"numbers in .* not \[0.5\]"),
+        (["a"], 0.5, "1 answers but 1"),
+    ],
+)
+def test_answers_and_confidences_of_another_kind(answers, q, words):
+    for method in scaling.METHODS:
+        with pytest.raises(UserError, match=words):
+            scaling.aggregate(answers, q, method)
+    with pytest.raises(UserError, match=words):
+        scaling.consistency([answers], [q])
+
+
+def test_numbers_of_every_kind_are_confidences():
+    answers = np.array(["a", "b", None], dtype=object)
+    for q in ([0, 1, None], np.array([0, 1, 0]), np.float32([0, 1, 0]), [np.float16(0), True, 0]):
+        assert scaling.aggregate(answers, q, "max").answer == "b"
+    with pytest.raises(UserError, match="not '1'"):
+        scaling.aggregate_many([[0, 1]], [["1", "0"]])
+
+
 def test_bad_arrays():
     with pytest.raises(UserError, match="integer ids"):
         scaling.aggregate_many([[0.5]], [[0.5]])
@@ -206,15 +237,61 @@ REST = " <analysis>{}</analysis> <confidence>{}</confidence>"
 
 def test_analyses_are_sampled_after_the_kept_answer():
     model = Writer([REST.format("sure", 0.8), REST.format("less", 0.6), " <analysis>cut"])
-    ensemble = scaling.ensemble_analyses(
-        model, "Q: ", KEPT + REST.format("old", 0.1), 3, temperature=0.5, seed=9
-    )
+    with pytest.warns(scaling.AnalysisWarning, match="1 of 3 continuations .*<analysis>cut"):
+        ensemble = scaling.ensemble_analyses(
+            model, "Q: ", KEPT + REST.format("old", 0.1), 3, temperature=0.5, seed=9
+        )
     assert model.asked == ["Q: " + KEPT]
     assert model.settings == {"n": 3, "temperature": 0.5, "max_tokens": 512, "seed": 9}
     np.testing.assert_array_equal(ensemble.confidences, [0.8, 0.6, math.nan])
     assert ensemble.mean == pytest.approx(0.7)
     assert ensemble.std == pytest.approx(0.1)
     assert ensemble.missing == 1
+
+
+@pytest.mark.parametrize(
+    ("kept", "rest", "q"),
+    [
+        ("2+2 <answer>4</answer>", REST.format("no think", 0.8), 0.8),
+        ("2+2 <answer>4</answer>", " well <confidence>80%</confidence> that is all", 0.8),
+        (KEPT, " <confidence>85</confidence>", 0.85),
+        (KEPT, REST.format("", "8/10"), None),
+        # What the reasoning or another answer says of itself is not this answer's confidence.
+        (f"<confidence>0.3</confidence> {KEPT}", " <analysis>cut", None),
+        (KEPT, " no: <answer>5</answer> <confidence>0.9</confidence>", None),
+        (
+            KEPT,
+            " <confidence>0.2</confidence> or <answer>5</answer> <confidence>1</confidence>",
+            0.2,
+        ),
+    ],
+)
+def test_analyses_are_read_leniently(kept, rest, q):
+    model = Writer([rest])
+    if q is None:
+        with pytest.warns(scaling.AnalysisWarning):
+            ensemble = scaling.ensemble_analyses(model, "Q: ", kept, 2)
+    else:
+        ensemble = scaling.ensemble_analyses(model, "Q: ", kept, 2)
+    np.testing.assert_array_equal(ensemble.confidences, [math.nan if q is None else q] * 2)
+    assert ensemble.missing == (2 if q is None else 0)
+
+
+def test_the_kept_part_ends_at_the_close_of_the_answer_itself():
+    """Not at a `</answer>` in the reasoning, nor at one in the old analysis."""
+    kept = "<think>it ends with </answer>, maybe <answer>3</answer></think> <answer>4</answer>"
+    model = Writer([REST.format("sure", 0.8)])
+    for rest in (REST, " see </answer>" + REST):
+        scaling.ensemble_analyses(model, "Q: ", kept + rest.format("old", 0.1), 1)
+        assert model.asked == ["Q: " + kept]
+
+
+def test_cut_off_analyses_are_counted():
+    from tenfold_common.lm import ScriptedModel
+
+    model = ScriptedModel(lambda prompt, seed, sample: " <analysis>one two three")
+    with pytest.warns(scaling.AnalysisWarning, match=r"\(2 of all were cut off at max_tokens=2\)"):
+        scaling.ensemble_analyses(model, "Q", KEPT, 2, max_tokens=2)
 
 
 def test_messages_are_continued_as_the_assistant():
@@ -228,7 +305,8 @@ def test_messages_are_continued_as_the_assistant():
 
 def test_ensembles_refuse_what_they_cannot_do():
     model = Writer(["no confidence"])
-    nothing = scaling.ensemble_analyses(model, "Q", KEPT, 2)
+    with pytest.warns(scaling.AnalysisWarning, match=r"2 of 2 .*\(0 of all were cut"):
+        nothing = scaling.ensemble_analyses(model, "Q", KEPT, 2)
     assert nothing.missing == 2
     assert math.isnan(nothing.mean)
     with pytest.raises(UserError, match="k must"):

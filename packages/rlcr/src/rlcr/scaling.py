@@ -7,8 +7,10 @@ every number in comparisons, and is left out of means.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +31,10 @@ NormalForm = Callable[[str], Hashable]
 _DECIMALS = 9
 # Data are often drawn with the same small seeds; a number beside the seed gives another stream.
 _STREAM = 2507_16806
+
+
+class AnalysisWarning(UserWarning):
+    """Resampled analyses state no confidence that can be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +96,18 @@ def aggregate(
             `normal_form`. Defaults to the string without white space around it.
 
     Raises:
-        UserError: different lengths, no samples, q outside [0, 1], or an unknown method.
+        UserError: different lengths, no samples, an answer that is not text, q that is not a
+            number in [0, 1], or an unknown method.
 
     Example:
         >>> aggregate(["4", "5", " 4"], [0.3, 0.9, 0.3], "weighted").answer
         '5'
     """
-    if len(answers) != len(confidences):
-        raise UserError(f"there are {len(answers)} answers but {len(confidences)} confidences")
-    ids = np.array([class_ids(answers, normal_form)], dtype=np.int64)
-    q = np.array([[math.nan if x is None else x for x in confidences]], dtype=np.float64)
-    vote = aggregate_many(ids, q, method)
+    ids = np.array(class_ids(answers, normal_form), dtype=np.int64)
+    q = _numbers(confidences)
+    if q.shape != ids.shape:
+        raise UserError(f"there are {len(ids)} answers but {q.size} confidences")
+    vote = aggregate_many(ids[None], q[None], method)
     index = int(vote.index[0])
     return Vote(
         answer=answers[index] if index >= 0 else None,
@@ -112,7 +119,20 @@ def aggregate(
 
 
 def class_ids(answers: Sequence[str | None], normal_form: NormalForm | None = None) -> list[int]:
-    """Number the classes of the answers 0, 1, ... in order of occurrence; None becomes -1."""
+    """Number the classes of the answers 0, 1, ... in order of occurrence; None becomes -1.
+
+    Raises:
+        UserError: the answers are no list, or one of them is neither text nor None.
+    """
+    if isinstance(answers, str) or not isinstance(answers, (Sequence, np.ndarray)):
+        raise UserError(
+            f"answers must be a list of texts, one for each sample, not {answers!r:.80}"
+        )
+    for i, answer in enumerate(answers):
+        if not (answer is None or isinstance(answer, str)):
+            raise UserError(
+                f"answer {i} must be a str, or None where there is none, not {answer!r:.80}"
+            )
     form = normal_form or str.strip
     seen: dict[Hashable, int] = {}
     return [-1 if a is None else seen.setdefault(form(a), len(seen)) for a in answers]
@@ -128,7 +148,7 @@ def aggregate_many(classes: ArrayLike, confidences: ArrayLike, method: str = "ma
         method: See `aggregate`.
 
     Raises:
-        UserError: see `aggregate`; ids that are not integers or shapes that differ.
+        UserError: see `aggregate`; ids that are not integers, or shapes that differ.
     """
     if method not in METHODS:
         raise UserError(
@@ -184,7 +204,7 @@ def _samples(classes: ArrayLike, confidences: ArrayLike) -> tuple[Ints, Floats]:
     ids = np.asarray(classes)
     if ids.dtype.kind not in "iu":
         raise UserError(f"classes must be integer ids, not {ids.dtype}; see rlcr.scaling.class_ids")
-    q = np.asarray(confidences, dtype=np.float64)
+    q = _numbers(confidences)
     if ids.ndim != 2 or ids.shape != q.shape:
         raise UserError(
             f"classes {ids.shape} and confidences {q.shape} must have one shape [P, N]: "
@@ -199,6 +219,19 @@ def _samples(classes: ArrayLike, confidences: ArrayLike) -> tuple[Ints, Floats]:
             "Divide percentages by 100."
         )
     return ids.astype(np.int64, copy=False), q
+
+
+def _numbers(confidences: ArrayLike | Sequence[float | None]) -> Floats:
+    """Convert confidences, None to NaN; numpy alone would read the texts of numbers as well."""
+    if isinstance(confidences, np.ndarray) and confidences.dtype.kind in "iuf":
+        return confidences.astype(np.float64, copy=False)
+    given = np.asarray(confidences, dtype=object)
+    for x in given.flat:
+        if not (x is None or isinstance(x, Real)):
+            raise UserError(
+                f"confidences must be numbers in [0, 1], or None where there is none, not {x!r:.80}"
+            )
+    return given.astype(np.float64)
 
 
 def _dense(ids: Ints) -> Ints:
@@ -327,6 +360,10 @@ def ensemble_analyses(
 ) -> AnalysisEnsemble:
     """Keep the reasoning and the answer of a completion and sample what follows it anew, k times.
 
+    Completion and continuations are read leniently, see `rlcr.parsing.parse_completion`. Only what
+    a continuation says before any `<answer>` counts: after it the talk is of another answer.
+    Continuations that state no readable confidence are counted in an `AnalysisWarning`.
+
     Args:
         model: Continues the text.
         prompt: Text, or messages; the kept part is continued, as the assistant's turn.
@@ -358,9 +395,19 @@ def ensemble_analyses(
     (sampled,) = model.sample(
         [begun(prompt, kept)], n=k, temperature=temperature, max_tokens=max_tokens, seed=seed
     )
-    stated = [parse_completion(kept + one.text, format).confidence for one in sampled]
-    q = np.array([math.nan if x is None else x for x in stated], dtype=np.float64)
+    # Without the kept part, whose reasoning may hold a confidence block of its own.
+    said = [one.text.partition("<answer>")[0] for one in sampled]
+    q = _numbers([parse_completion(text, format, mode="lenient").confidence for text in said])
     known = q[~np.isnan(q)]
+    if len(known) < k:
+        first = sampled[int(np.isnan(q).argmax())]
+        warnings.warn(
+            f"{k - len(known)} of {k} continuations state no confidence that can be read and are "
+            f"left out ({sum(one.finish_reason == 'length' for one in sampled)} of all were cut "
+            f"off at max_tokens={max_tokens}). The first of them: {first.text!r:.120}",
+            AnalysisWarning,
+            stacklevel=2,
+        )
     return AnalysisEnsemble(
         confidences=q,
         mean=float(known.mean()) if len(known) else math.nan,
@@ -425,7 +472,8 @@ def consistency(
         normal_form: See `aggregate`.
 
     Raises:
-        UserError: no prompts, different lengths, or q outside [0, 1].
+        UserError: no prompts, different lengths, an answer that is not text, or q that is not a
+            number in [0, 1].
     """
     if len(answers) != len(confidences) or not answers:
         raise UserError(
@@ -434,10 +482,10 @@ def consistency(
         )
     sums = np.full(len(answers), math.nan)
     for p, (texts, stated) in enumerate(zip(answers, confidences, strict=True)):
-        if len(texts) != len(stated):
-            raise UserError(f"prompt {p} has {len(texts)} answers but {len(stated)} confidences")
         ids = np.array(class_ids(texts, normal_form), dtype=np.int64)
-        q = np.array([math.nan if x is None else x for x in stated], dtype=np.float64)
+        q = _numbers(stated)
+        if q.shape != ids.shape:
+            raise UserError(f"prompt {p} has {len(ids)} answers but {q.size} confidences")
         if ((q < 0) | (q > 1)).any():
             raise UserError(f"confidences of prompt {p} must lie in [0, 1], not {list(stated)}")
         used = (ids >= 0) & ~np.isnan(q)
