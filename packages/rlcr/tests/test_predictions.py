@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlcr.parsing import render_completion
 from rlcr.predictions import (
     FIELDS,
     PredictionWriter,
@@ -441,3 +442,9 @@ def test_real_gsm8k_solutions_grade_as_right(data_folder):
         row["completion"] = completion(final if i % 2 else "no idea", 0.5)
     graded = grade_predictions(rows, verifier="math", format="tac")
     assert [g["correct"] for g in graded] == [bool(i % 2) for i in range(50)]
+
+
+def test_a_verifier_that_raises_leaves_its_row_ungraded():
+    rows = [{"completion": render_completion(a, "0.5"), "answer": "6"} for a in ("3", "0", "4")]
+    graded = grade_predictions(rows, verifier=lambda a, gold: int(str(gold)) % int(a) == 0)
+    assert [row["correct"] for row in graded] == [True, None, False]

@@ -16,6 +16,7 @@ from rlcr.verify import (
     Choice,
     ExactMatch,
     FunctionVerifier,
+    Grader,
     Judge,
     MathVerifier,
     Verifier,
@@ -452,3 +453,47 @@ def test_verifiers_by_name() -> None:
         get_verifier(7)  # pyright: ignore[reportArgumentType]
     with pytest.raises(NotImplementedError):
         Verifier().equal("a", "b")
+
+
+class TestGrader:
+    def test_each_row_by_its_own_verifier(self) -> None:
+        grader = Grader("exact_match")
+        grades, failed = grader.grade(["0.5", "0.5", "B"], ["1/2", "1/2", "b"], None,
+                                      ["math", None, "choice"])  # fmt: skip
+        assert (grades, failed) == ([1.0, 0.0, 1.0], [])
+        assert grader.verifier("math") is grader.verifier("math")
+        assert grader.verifier("exact_match") is grader.common
+
+    def test_what_raises_costs_its_row_only_and_is_logged_once(self, caplog) -> None:
+        def divides(answer: str, gold: object) -> bool:
+            return int(str(gold)) % int(answer) == 0
+
+        grader = Grader(divides)
+        grades, failed = grader.grade(["3", "0", "5", "x"], [9, 9, 9, 9])
+        assert (grades, failed) == ([1.0, None, 0.0, None], [1, 3])
+        assert [r.getMessage() for r in caplog.records] == [
+            "verifier divides raised ZeroDivisionError: integer modulo by zero. Further failures "
+            "are counted, not logged."
+        ]
+
+    def test_a_grade_out_of_range_is_a_failure(self) -> None:
+        class Percent(ExactMatch):
+            def equal(self, answer: str, gold: str) -> float:
+                return 100 * (super().equal(answer, gold) or 0)
+
+        assert Grader(Percent()).grade(["a", "b"], ["a", "a"]) == ([None, 0.0], [0])
+
+    def test_a_judge_that_is_gone_ends_the_work_unless_told_otherwise(self) -> None:
+        judge = Judge(Model({}))  # pyright: ignore[reportArgumentType]  # knows no reply: raises
+        with pytest.raises(StopIteration):
+            Grader(judge).grade(["a", "b"], ["g", "g"])
+        grades, failed = Grader(judge, keep_going=True).grade(["a", "b"], ["g", "g"])
+        assert (grades, failed) == ([None, None], [0, 1])
+
+    def test_prompts_are_wanted_by_a_judge_only(self) -> None:
+        grader = Grader("exact_match")
+        judge = Judge(Model({}))  # pyright: ignore[reportArgumentType]
+        assert not grader.uses_prompts()
+        assert grader.uses_prompts([None, judge])
+        assert Grader(judge).uses_prompts()
+        assert not Grader(judge).uses_prompts(["math", "choice"])

@@ -22,8 +22,9 @@ from rlcr.prompts import (
     read_forced_answer,
     read_forced_confidence,
 )
+from rlcr.rewards import prompt_text
 from rlcr.scaling import class_ids, consistency, vote_curve
-from rlcr.verify import Verifier, get_verifier
+from rlcr.verify import Grader, Verifier, get_verifier
 from tenfold_common.errors import UserError
 from tenfold_common.lm.base import check_sampling
 
@@ -86,7 +87,7 @@ def evaluate(
     _check_rows(rows, gold_column, samples, batch_size)
     check_sampling([], samples, temperature, top_p, max_tokens, (), seed)
     parse_completion("", format, "lenient")  # a wrong format is refused before anything is asked
-    grader = _Grader(verifier)
+    grader = Grader("auto" if verifier is None else verifier)
     about = {
         "model": model.name,
         "format": format,
@@ -96,7 +97,7 @@ def evaluate(
         "max_tokens": max_tokens,
         "seed": seed,
         "force": force,
-        "verifier": grader.name,
+        "verifier": None if verifier is None else grader.common.name,
         "gold_column": gold_column,
         "batch_size": batch_size,  # the seeds of the samples depend on it
         **(metadata or {}),
@@ -123,6 +124,7 @@ def evaluate(
                 force=force,
                 gold_column=gold_column,
                 grader=grader,
+                own=verifier is None,
             )
             names = [name for i in chosen for name in wanted[i]]
             for name, record in zip(names, records, strict=True):
@@ -156,44 +158,6 @@ def _check_rows(
             )
 
 
-class _Grader:
-    """Grades with one verifier, or with each row's own."""
-
-    def __init__(self, spec: str | Verifier | None) -> None:
-        self.common = None if spec is None else get_verifier(spec)
-        self.name = None if self.common is None else self.common.name
-        self.named: dict[str, Verifier] = {}
-
-    def grade(
-        self, answers: Sequence[str | None], rows: Sequence[Mapping[str, object]], gold_column: str
-    ) -> list[float | None]:
-        grades: list[float | None] = [None] * len(rows)
-        groups: dict[str, list[int]] = {}
-        for i, row in enumerate(rows):
-            groups.setdefault(str(row.get("verifier") or "auto"), []).append(i)
-        if self.common is not None:
-            groups = {"": list(range(len(rows)))}
-        for name, places in groups.items():
-            verifier = self.common
-            if verifier is None:
-                verifier = self.named[name] = self.named.get(name) or get_verifier(name)
-            some = verifier.grade(
-                [answers[i] for i in places],
-                [rows[i][gold_column] for i in places],
-                [prompt_text(rows[i]["prompt"]) for i in places],
-            )
-            for i, grade in zip(places, some, strict=True):
-                grades[i] = grade
-        return grades
-
-
-def prompt_text(prompt: object) -> str:
-    """Return the text of a prompt, or of the last user message of a chat."""
-    from rlcr.rewards import prompt_text as text_of
-
-    return text_of(prompt)
-
-
 def _ask(
     model: "TextModel",
     rows: Sequence[Mapping[str, object]],
@@ -206,9 +170,10 @@ def _ask(
     seed: int,
     force: bool,
     gold_column: str,
-    grader: _Grader,
+    grader: Grader,
+    own: bool,
 ) -> list[dict[str, object]]:
-    """Return `samples` records for each row."""
+    """Return `samples` records for each row; `own`: graded as the row itself asks."""
     prompts: list[Prompt] = [row["prompt"] for row in rows]  # pyright: ignore[reportAssignmentType]
     generations = model.sample(
         prompts, n=samples, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed
@@ -247,7 +212,14 @@ def _ask(
             confidences[i] = read_forced_confidence(reply)
             if confidences[i] is not None:
                 sources[i] = "forced"
-    grades = grader.grade(answers, each, gold_column)
+    grades, failed = grader.grade(
+        answers,
+        [row[gold_column] for row in each],
+        [prompt_text(row["prompt"]) for row in each],
+        [row.get("verifier") or None for row in each] if own else None,  # pyright: ignore[reportArgumentType]
+    )
+    if failed:
+        logger.warning("%d of %d answers could not be graded", len(failed), len(each))
     return [
         {
             "prompt": each[i]["prompt"],

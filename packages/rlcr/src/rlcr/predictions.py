@@ -255,9 +255,9 @@ def grade_predictions(
             verifier, format or mode is unknown.
     """
     from rlcr.parsing import parse_completion
-    from rlcr.verify import get_verifier
+    from rlcr.verify import Grader
 
-    grader = get_verifier(verifier)
+    grader = Grader(verifier)
     rows = list(rows)
     parsed, golds = [], []
     for number, row in enumerate(rows, 1):
@@ -269,7 +269,7 @@ def grade_predictions(
         if isinstance(target, str) and "####" in target:
             target = final_answer(target)
         golds.append(target)
-    grades = grader.grade([p.answer for p in parsed], golds, _prompts(rows, prompt))
+    grades, _ = grader.grade([p.answer for p in parsed], golds, _prompts(rows, prompt))
     return [
         {
             **row,

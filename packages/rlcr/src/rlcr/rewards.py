@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from rlcr.parsing import ERROR_CODES, FORMATS, ParsedCompletion, parse_completion
 from rlcr.scoring import ScoringRule, scoring_rule
-from rlcr.verify import Grade, Verifier, get_verifier
-from tenfold_common.errors import MissingDependencyError, UserError, suggest
+from rlcr.verify import Grader, VerifierSpec
+from tenfold_common.errors import UserError, suggest
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ _KEPT_BATCHES = 4
 # What GRPOTrainer passes beside the dataset's columns.
 _NOT_COLUMNS = ("trainer_state", "log_extra", "log_metric", "environments")
 
-VerifierSpec = str | Verifier | Callable[[str, object], bool | float]
 RewardFunction = Callable[..., list[float | None]]
 
 
@@ -131,7 +130,8 @@ class RLCRReward:
             )
         self.__name__ = "rlcr_reward"  # TRL logs rewards/<name>/mean
         self.rule = scoring_rule(rule)
-        self.verifier = get_verifier(verifier)
+        self._grader = Grader(verifier, keep_going=True)  # training must not end
+        self.verifier = self._grader.common
         self.format, self.method = format, method
         self.gold_column, self.verifier_column = gold_column, verifier_column
         self.format_weight = float(format_weight)
@@ -147,8 +147,7 @@ class RLCRReward:
             self.calibration_weight,
             allow_incorrect_incentive,
         )
-        self._named: dict[str, Verifier] = {}
-        self._warned_gold = self._warned_verifier = False
+        self._warned_gold = False
         self._batches: OrderedDict[object, Scores] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -223,9 +222,12 @@ class RLCRReward:
         for name, rows in (("golds", golds), ("verifiers", verifiers), ("prompts", prompts)):
             if rows is not None and len(rows) != len(texts):
                 raise UserError(f"{len(rows)} {name} do not fit {len(texts)} completions")
-        parsed = [parse_completion(text, self.format) for text in texts]
-        grades, failures = self._grade(parsed, golds, verifiers, prompts)
+        known = {text: parse_completion(text, self.format) for text in dict.fromkeys(texts)}
+        parsed = [known[text] for text in texts]
+        grades, failed = self._grader.grade([p.answer for p in parsed], golds, prompts, verifiers)
         correct = np.array([np.nan if g is None else g for g in grades], dtype=np.float32)
+        correct[failed] = 0.0
+        self._warn_unscorable(correct, golds)
         scorable = ~np.isnan(correct)
         well_formed = np.array([p.ok for p in parsed], dtype=bool)
         correct[scorable & ~well_formed] = 0.0  # whatever a verifier of one's own says of None
@@ -238,7 +240,7 @@ class RLCRReward:
         form = np.where(scorable, well_formed, np.nan).astype(np.float32)
         terms = np.stack([form, correct, calibration])
         reward = (np.asarray(self.weights, dtype=np.float32)[:, None] * terms).sum(axis=0)
-        return Scores(form, correct, confidence, calibration, reward, parsed, failures)
+        return Scores(form, correct, confidence, calibration, reward, parsed, len(failed))
 
     def format_reward(
         self,
@@ -313,7 +315,7 @@ class RLCRReward:
         if self.verifier_column is not None:
             verifiers = self._column(self.verifier_column, columns, len(texts))
         questions = None
-        if prompts is not None and self._uses_prompts(verifiers):
+        if prompts is not None and self._grader.uses_prompts(verifiers):
             questions = [prompt_text(prompt) for prompt in prompts]
         key = (tuple(texts), repr(golds), repr(verifiers), tuple(questions or ()))
         with self._lock:
@@ -334,80 +336,18 @@ class RLCRReward:
             )
         return list(values)
 
-    def _uses_prompts(self, verifiers: list | None) -> bool:
-        chosen = [self._verifier(spec) for spec in {id(s): s for s in verifiers or ()}.values()]
-        return any(verifier.uses_prompts for verifier in [self.verifier, *chosen])
-
-    def _verifier(self, spec: VerifierSpec | None) -> Verifier:
-        if spec is None:
-            return self.verifier
-        if not isinstance(spec, str):
-            return get_verifier(spec)
-        if spec not in self._named:
-            same = spec == self.verifier.name
-            self._named[spec] = self.verifier if same else get_verifier(spec)
-        return self._named[spec]
-
-    def _grade(
-        self,
-        parsed: Sequence[ParsedCompletion],
-        golds: Sequence[object],
-        verifiers: Sequence[VerifierSpec | None] | None,
-        prompts: Sequence[str] | None,
-    ) -> tuple[list[Grade], int]:
-        groups: dict[int, tuple[Verifier, list[int]]] = {}
-        for row in range(len(parsed)):
-            verifier = self._verifier(verifiers[row] if verifiers is not None else None)
-            groups.setdefault(id(verifier), (verifier, []))[1].append(row)
-        grades: list[Grade] = [None] * len(parsed)
-        failures = 0
-        for verifier, rows in groups.values():
-            for row, grade in self._graded(verifier, rows, parsed, golds, prompts):
-                failures += isinstance(grade, Exception)
-                grades[row] = 0.0 if isinstance(grade, Exception) else grade
-        if not self._warned_gold and any(grade is None for grade in grades):
-            self._warned_gold = True
-            row = grades.index(None)
-            warnings.warn(
-                f"row {row} and {grades.count(None) - 1} others of a batch of {len(grades)} cannot "
-                f"be scored (gold answer {golds[row]!r:.80}); such rows are left out. Said once.",
-                RewardWarning,
-                stacklevel=4,
-            )
-        return grades, failures
-
-    def _graded(
-        self,
-        verifier: Verifier,
-        rows: list[int],
-        parsed: Sequence[ParsedCompletion],
-        golds: Sequence[object],
-        prompts: Sequence[str] | None,
-    ) -> list[tuple[int, Grade | Exception]]:
-        """Grade the rows of one verifier; what it raises stands in place of the grade."""
-        try:
-            grades = verifier.grade(
-                [parsed[row].answer for row in rows],
-                [golds[row] for row in rows],
-                None if prompts is None else [prompts[row] for row in rows],
-            )
-            return list(zip(rows, map(_checked_grade, grades), strict=True))
-        except MissingDependencyError:
-            raise
-        except Exception as error:  # noqa: BLE001 - a verifier must not end a training run
-            if verifier.rowwise and len(rows) > 1:
-                alone = [self._graded(verifier, [row], parsed, golds, prompts) for row in rows]
-                return [item for items in alone for item in items]
-            if not self._warned_verifier:
-                self._warned_verifier = True
-                _LOG.warning(
-                    "verifier %s raised %s: %s; the row counts as wrong. Further failures are "
-                    "counted as rlcr/verifier_failures.",
-                    verifier.name,
-                    type(error).__name__,
-                    error,
-                )
-            return [(row, error) for row in rows]
+    def _warn_unscorable(self, correct: NDArray[np.float32], golds: Sequence[object]) -> None:
+        unscorable = np.flatnonzero(np.isnan(correct))
+        if self._warned_gold or not len(unscorable):
+            return
+        self._warned_gold = True
+        row = int(unscorable[0])
+        warnings.warn(
+            f"row {row} and {len(unscorable) - 1} others of a batch of {len(golds)} cannot be "
+            f"scored (gold answer {golds[row]!r:.80}); such rows are left out. Said once.",
+            RewardWarning,
+            stacklevel=4,
+        )
 
     def _log(self, scores: Scores, columns: dict[str, object]) -> None:
         log_metric, log_extra = columns.get("log_metric"), columns.get("log_extra")
@@ -532,15 +472,6 @@ def _check_weights(
         f"{correctness:g} is refused; {reason}. Use a calibration_weight of at most {most:.4g}, "
         "or pass allow_incorrect_incentive=True."
     )
-
-
-def _checked_grade(grade: Grade) -> Grade:
-    if grade is None:
-        return None
-    grade = float(grade)
-    if not 0.0 <= grade <= 1.0:
-        raise ValueError(f"a grade must be None or between 0 and 1, not {grade}")
-    return grade
 
 
 def _optional(values: NDArray[np.float32]) -> list[float | None]:

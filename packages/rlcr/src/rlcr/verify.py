@@ -15,11 +15,13 @@ from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 
-from tenfold_common.errors import UserError, suggest
+from tenfold_common.errors import MissingDependencyError, UserError, suggest
 from tenfold_common.optional import require
 
 if typing.TYPE_CHECKING:
     from tenfold_common.lm import TextModel
+
+_LOG = logging.getLogger(__name__)
 
 Grade = float | None
 
@@ -108,6 +110,7 @@ _STRIP_ASCII = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 
 
+@lru_cache(4096)  # golds and answers repeat, in a group of samples and over epochs
 def normalise_answer(text: str) -> str:
     """Normalise as SQuAD does: lower case, no punctuation, no a/an/the, single spaces.
 
@@ -603,7 +606,10 @@ _BY_NAME: dict[str, Callable[[], Verifier]] = {
 }
 
 
-def get_verifier(spec: str | Verifier | Callable[[str, object], bool | float]) -> Verifier:
+VerifierSpec = str | Verifier | Callable[[str, object], bool | float]
+
+
+def get_verifier(spec: VerifierSpec) -> Verifier:
     """Make a verifier from its name or from a function, or hand a verifier through.
 
     Args:
@@ -624,6 +630,125 @@ def get_verifier(spec: str | Verifier | Callable[[str, object], bool | float]) -
     if callable(spec):
         return FunctionVerifier(spec)
     raise UserError(f"a verifier must be a name, a Verifier or a function, not {spec!r:.80}")
+
+
+class Grader:
+    """Grades rows with one verifier or with each row's own; a row that raises ends nothing.
+
+    Args:
+        verifier: The verifier of rows that name none, see `get_verifier`.
+        keep_going: Whether to go on also when a verifier that is not `rowwise` raises, such as a
+            judge whose server is gone, and count its whole batch as failed. Defaults to False: that
+            error is raised.
+
+    Raises:
+        UserError: the verifier's name is unknown.
+    """
+
+    def __init__(self, verifier: VerifierSpec, *, keep_going: bool = False) -> None:
+        self.common = get_verifier(verifier)
+        self.keep_going = keep_going
+        self._named: dict[str, Verifier] = {}
+        self._warned = False
+
+    def verifier(self, spec: VerifierSpec | None) -> Verifier:
+        """Return the verifier that a row asks for: one object for each name.
+
+        Raises:
+            UserError: the name is unknown.
+        """
+        if spec is None:
+            return self.common
+        if not isinstance(spec, str):
+            return get_verifier(spec)
+        if spec not in self._named:
+            self._named[spec] = self.common if spec == self.common.name else get_verifier(spec)
+        return self._named[spec]
+
+    def uses_prompts(self, specs: Sequence[VerifierSpec | None] | None = None) -> bool:
+        """Say whether any verifier of the rows reads the prompts."""
+        return any(
+            self.verifier(spec).uses_prompts
+            for spec in {id(s): s for s in specs or [None]}.values()
+        )
+
+    def grade(
+        self,
+        answers: Sequence[str | None],
+        golds: Sequence[object],
+        prompts: Sequence[str] | None = None,
+        verifiers: Sequence[VerifierSpec | None] | None = None,
+    ) -> tuple[list[Grade], list[int]]:
+        """Grade answers, see `Verifier.grade`.
+
+        Args:
+            answers: One per row.
+            golds: One per row.
+            prompts: One per row. Defaults to none.
+            verifiers: For each row its verifier, or None for the common one. Defaults to the common
+                one for all.
+
+        Returns:
+            The grades, and the rows whose verification raised: their grade is None. The first
+            failure is logged.
+
+        Raises:
+            UserError: a verifier's name is unknown.
+            MissingDependencyError: a verifier's package is not installed.
+        """
+        groups: dict[int, tuple[Verifier, list[int]]] = {}
+        if verifiers is None:
+            groups[0] = self.common, list(range(len(answers)))
+        else:
+            for row, spec in enumerate(verifiers):
+                verifier = self.verifier(spec)
+                groups.setdefault(id(verifier), (verifier, []))[1].append(row)
+        grades: list[Grade] = [None] * len(answers)
+        failed: list[int] = []
+
+        def grade(verifier: Verifier, rows: list[int]) -> None:
+            try:
+                some = verifier.grade(
+                    [answers[row] for row in rows],
+                    [golds[row] for row in rows],
+                    None if prompts is None else [prompts[row] for row in rows],
+                )
+                for row, value in zip(rows, map(_checked_grade, some), strict=True):
+                    grades[row] = value
+            except MissingDependencyError:
+                raise
+            except Exception as error:
+                if verifier.rowwise and len(rows) > 1:
+                    for row in rows:
+                        grade(verifier, [row])
+                    return
+                if not (verifier.rowwise or self.keep_going):
+                    raise
+                failed.extend(rows)
+                self._warn(verifier, error)
+
+        for verifier, rows in groups.values():
+            grade(verifier, rows)
+        return grades, failed
+
+    def _warn(self, verifier: Verifier, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            _LOG.warning(
+                "verifier %s raised %s: %s. Further failures are counted, not logged.",
+                verifier.name,
+                type(error).__name__,
+                error,
+            )
+
+
+def _checked_grade(grade: Grade) -> Grade:
+    if grade is None:
+        return None
+    grade = float(grade)
+    if not 0.0 <= grade <= 1.0:
+        raise ValueError(f"a grade must be None or between 0 and 1, not {grade}")
+    return grade
 
 
 def _check_lengths(answers: Sequence[object], others: Sequence[object]) -> None:
