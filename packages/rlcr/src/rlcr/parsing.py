@@ -46,8 +46,12 @@ _PROBABILITY = re.compile(r"0(?:\.[0-9]*)?|1(?:\.0*)?|\.[0-9]+")
 _DECIMAL = re.compile(r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+")
 _LENIENT = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
 _PERCENT = re.compile(r"\s*(?:%|percent\b)", re.IGNORECASE)
-# What makes the number before it something else: 1e-1, 0_5, 8/10, 8 out of 10, 1,000, 0.8.1.
-_OTHER_NUMBER = re.compile(r"\w|[.,][0-9]|\s*/|\s*out\b", re.IGNORECASE)
+# What makes the number before it something else: 1e-1, 0_5, 1,000, 0.8.1, and the frequencies and
+# odds 8/10, 8 out of 10, 8 of 10, 1 in 2, 1:3, 3 to 1.
+_COUNT = r"(?:[0-9]|(?:an? )?(?:two|three|four|five|six|seven|eight|nine|ten|hundred|thousand)\b)"
+OTHER_NUMBER = re.compile(
+    rf"\w|[.,][0-9]|\s*/|\s*:\s*[0-9]|\s*out\b|\s+(?:of|in|to)\s+{_COUNT}", re.IGNORECASE
+)
 
 Span = tuple[int, int]
 
@@ -100,8 +104,9 @@ def parse_completion(text: str, format: str = "tabc", mode: str = "strict") -> P
     Lenient mode, for evaluation. Each part is read from its last complete block after the last
     `</think>`, or from the last one anywhere if there is none after it. The first number in the
     confidence block counts: with a percent sign it is divided by 100, and so is one in (1, 100]
-    without (`80%` and `80` are 0.8, `1%` is 0.01, `1` is 1.0). `0,8` is 0.8. Numbers out of range
-    and `8/10`, `8 out of 10` or `1e-1` are not guessed at: the confidence is then missing.
+    without (`80%` and `80` are 0.8, `1%` is 0.01, `1` is 1.0). `0,8` is 0.8. Not guessed at are
+    numbers out of range, `8/10`, `8 of 10`, `1 in 2`, `1:3`, `3 to 1`, `1e-1`, and one in (1, 10]
+    among words, which may be on a scale of ten (`very high: 9`): the confidence is then missing.
 
     Args:
         text: The completion, without the prompt.
@@ -313,10 +318,14 @@ def _lenient_number(content: str) -> float | None:
     if digits == "0" and comma:
         digits += "." + comma[0][1:]
         rest = rest[comma.end() :]
-    if before.isalnum() or before == "_" or _OTHER_NUMBER.match(rest):
+    if before.isalnum() or before == "_" or OTHER_NUMBER.match(rest):
         return None
     value = float(digits)
-    if _PERCENT.match(rest) or value > 1:
+    percent = _PERCENT.match(rest)
+    words = re.search(r"\w", content[: match.start()]) or re.search(r"\w", rest)
+    if 1 < value <= 10 and words and not percent:
+        return None
+    if percent or value > 1:
         value /= 100
     return abs(value) if 0 <= value <= 1 else None  # abs: no minus zero
 

@@ -10,7 +10,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 
+from rlcr.parsing import OTHER_NUMBER
 from tenfold_common.errors import UserError, suggest
+
+# What says after a number that it is on the scale from 0 to 100.
+_OF_A_HUNDRED = r"\s*(?:%|percent\b|(?:/|(?:out )?of|in)\s*100\b(?![.,][0-9]))"
 
 Message = dict[str, str]
 
@@ -234,15 +238,19 @@ def read_forced_confidence(reply: str) -> float | None:
     """Return the confidence in [0, 1] in the continuation of `forced_confidence`.
 
     The first number is read on the scale that was asked for, so "1" is 0.01 and "90%" is 0.9.
-    None when there is no number, when it is outside 0 to 100, or when it looks like a fraction
-    of 1 ("0.8", "1.0"): which scale was meant cannot be told, and a guess could be wrong by 100.
+    None when there is no number, when it is outside 0 to 100, or when it seems to be on another
+    scale: a fraction of 1 ("0.8", "1.0"), a frequency or odds ("8 of 10", "1 in 2", "1:3"; "85/100"
+    is 0.85), or up to 10 after other words ("very high: 9"). Which scale was meant cannot be told,
+    and a guess could be wrong by 100.
     """
     said = reply.partition("<")[0]  # a number inside tags is something else
-    found = re.search(r"(?<![\w.])-?[0-9]{1,9}(?:\.[0-9]{1,9})?", said)
-    if found is None:
+    found = re.search(rf"(?<![\w.])(-?[0-9]{{1,9}}(?:\.[0-9]{{1,9}})?)({_OF_A_HUNDRED})?", said)
+    if found is None or (not found[2] and OTHER_NUMBER.match(said, found.end())):
         return None
-    value = float(found[0])
-    if not 0.0 <= value <= 100.0 or ("." in found[0] and 0.0 < value <= 1.0):
+    value = float(found[1])
+    if not 0.0 <= value <= 100.0 or ("." in found[1] and 0.0 < value <= 1.0):
+        return None
+    if 0.0 < value <= 10.0 and not found[2] and re.search(r"\w", said[: found.start()]):
         return None
     return value / 100.0
 
