@@ -145,17 +145,19 @@ class RLCRConfig(GRPOConfig):
                 f"format must be one of {', '.join(FORMATS)}, not {self.format!r}."
                 f"{suggest(str(self.format), FORMATS)}"
             )
-        if self.calibration_ramp_steps < 0:
-            raise UserError(
-                f"calibration_ramp_steps must be at least 0, not {self.calibration_ramp_steps}."
-            )
-        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
-            raise UserError(f"max_prompt_tokens must be at least 1, not {self.max_prompt_tokens}.")
-        if self.num_generations is not None and self.num_generations < 2:
-            raise UserError(
-                f"num_generations is {self.num_generations}; advantages compare the completions of "
-                "one prompt, so it must be at least 2."
-            )
+        for name, least, why in (
+            ("calibration_ramp_steps", 0, ""),
+            ("max_prompt_tokens", 1, ""),
+            ("max_completion_length", 1, ""),
+            ("num_generations", 2, "; advantages compare the completions of one prompt"),
+        ):
+            value = getattr(self, name)
+            if value is None and name != "calibration_ramp_steps":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(
+                    f"{name} is {value!r}; it must be a whole number of at least {least}{why}."
+                )
         self.reward()  # refuses a wrong rule, weight or format before anything is loaded
         super().__post_init__()
 
