@@ -1,0 +1,3 @@
+"""The version of wavelength-rsa."""
+
+__version__ = "0.1.0"
