@@ -1,0 +1,508 @@
+"""The command `wavelength-rsa`: options in, one call into the library, text out.
+
+Nothing but the standard library is imported until a verb runs, so that help is there at once.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tenfold_common.atomic import check_output_file, write_json
+from tenfold_common.cli import Parser, base_parser, run, setup_logging
+from tenfold_common.errors import UserError
+from wavelength_rsa._version import __version__
+
+if TYPE_CHECKING:
+    from tenfold_common.lm import TextModel
+    from wavelength_rsa.data import Item
+    from wavelength_rsa.listeners import Listener
+    from wavelength_rsa.metrics import Interval
+    from wavelength_rsa.speakers import Speaker
+
+DESCRIPTION = "Play Wavelength with language models, and let them reason about their listener."
+MODES = ("logprob", "sample", "cot")
+BACKENDS = ("auto", "transformers", "vllm", "server")
+NORMALIZE = ("none", "token", "char", "pmi")
+UTILITIES = ("log_prob", "neg_expected_distance", "neg_w1")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: The arguments. Defaults to those of the process.
+
+    Returns:
+        0 success, 1 a failed claim or a bug, 2 a wrong input, 130 interrupted.
+    """
+    return run(_main, argv)
+
+
+def _main(argv: list[str]) -> int:
+    parser = _parser()
+    if not argv:
+        parser.print_help()
+        return 2
+    arguments = parser.parse_args(argv)
+    setup_logging(-1 if arguments.quiet else arguments.verbose, package="wavelength_rsa")
+    if getattr(arguments, "seed", 0) < 0:
+        raise UserError(f"seed is {arguments.seed}; it must not be negative")
+    return arguments.verb_function(arguments)
+
+
+def _parser() -> Parser:
+    parser = base_parser("wavelength-rsa", DESCRIPTION, __version__)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, function: Callable[[argparse.Namespace], int], text: str) -> Parser:
+        made = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        made.set_defaults(verb_function=function)
+        return made
+
+    listen = verb("listen", _listen, "let a model guess where clues point on a scale")
+    _add_scale(listen)
+    listen.add_argument("clues", nargs="+", metavar="CLUE")
+    _add_model(listen)
+    _add_listening(listen)
+    listen.add_argument("--json", metavar="FILE", help="also write the distributions here")
+
+    speak = verb("speak", _speak, "let a model give a clue for a position on a scale")
+    _add_scale(speak)
+    speak.add_argument("--target", type=float, required=True, help="0 to 100")
+    _add_model(speak)
+    _add_listening(speak)
+    _add_speaking(speak)
+    _add_judge(speak)
+    speak.add_argument("--json", metavar="FILE", help="also write the candidates here")
+
+    evaluate = verb("eval", _eval, "evaluate a model as listener, as speaker, or as both")
+    evaluate.add_argument("--task", required=True, choices=("listener", "speaker", "both"))
+    evaluate.add_argument("--data", required=True, metavar="FILE", help="items, .csv or .jsonl")
+    evaluate.add_argument(
+        "--out", required=True, metavar="FILE",
+        help="report, JSON; with --task both NAME-listener.json and NAME-speaker.json",
+    )  # fmt: skip
+    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first items")
+    evaluate.add_argument("--overwrite", action="store_true", help="replace reports that are there")
+    evaluate.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap")
+    _add_model(evaluate)
+    _add_listening(evaluate)
+    _add_speaking(evaluate)
+    _add_judge(evaluate)
+
+    report = verb("report", _report, "show a report, or the paired difference of two")
+    report.add_argument("file", metavar="FILE", help="as written by eval")
+    report.add_argument("--compare", metavar="FILE", help="a second report on the same data")
+    report.add_argument("--seed", type=int, default=0, help="fixes the bootstrap (default 0)")
+
+    human = verb("human-baseline", _human, "what people and trivial players reach on the items")
+    human.add_argument("--data", required=True, metavar="FILE")
+    human.add_argument("--json", metavar="FILE", help="also write the figures here")
+    human.add_argument("--splits", type=int, default=20, help="random halves for the RSA table")
+    human.add_argument("--seed", type=int, default=0, help="fixes halves and bootstrap (default 0)")
+
+    fit = verb("fit-alpha", _fit, "fit the rationality of an RSA listener to human responses")
+    fit.add_argument("--data", required=True, metavar="FILE", help="items with human responses")
+    _add_model(fit, required=False)
+    _add_listening(fit)
+    fit.add_argument("--folds", type=int, default=10, help="of the cross-validation (default 10)")
+    fit.add_argument("--json", metavar="FILE", help="also write the figures here")
+
+    play = verb("play", _play, "play against a model in the terminal")
+    _add_model(play)
+    _add_listening(play)
+    _add_speaking(play)
+    play.add_argument(
+        "--role", default="speak", choices=("speak", "listen"),
+        help="what you do: give clues, or guess (default speak)",
+    )  # fmt: skip
+    play.add_argument("--rounds", type=int, default=5, help="(default 5)")
+    play.add_argument("--data", metavar="FILE", help="scales to play on (default: some of its own)")
+
+    demo = verb("demo", _demo, "direct, step-by-step and pragmatic speakers in a world made here")
+    demo.add_argument(
+        "--out", default="out/demo/wavelength-rsa", metavar="DIR",
+        help="folder for figures and pictures (default out/demo/wavelength-rsa)",
+    )  # fmt: skip
+    demo.add_argument("--seed", type=int, default=0, help="fixes world and models (default 0)")
+    demo.add_argument("--full", action="store_true", help="three seeds")
+    return parser
+
+
+def _add_scale(parser: Parser) -> None:
+    parser.add_argument("--left", required=True, metavar="TEXT", help="what 0 means")
+    parser.add_argument("--right", required=True, metavar="TEXT", help="what 100 means")
+
+
+def _add_model(parser: Parser, *, required: bool = True) -> None:
+    text = "model folder, hub name or server address (http://HOST:PORT, #NAME may follow)"
+    if not required:
+        text += "; default: the human responses themselves"
+    parser.add_argument("--model", required=required, metavar="MODEL", help=text)
+    parser.add_argument("--backend", default="auto", choices=BACKENDS)
+    parser.add_argument("--model_name", help="model of the server (default: its only one)")
+    parser.add_argument("--api_key_env", metavar="NAME", help="variable that holds the key")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="such as bfloat16")
+    parser.add_argument(
+        "--thinking", action="store_true",
+        help="let a thinking model think (default: its chat template is told not to)",
+    )  # fmt: skip
+    parser.add_argument("--trust_remote_code", action="store_true")
+    parser.add_argument("--cache", metavar="FILE", help="keep and reuse what the models say")
+    parser.add_argument("--seed", type=int, default=0, help="fixes all samples (default 0)")
+
+
+def _add_listening(parser: Parser) -> None:
+    parser.add_argument(
+        "--mode", default="logprob", choices=MODES,
+        help="how a model listens: by the probabilities of its answers, by samples, or by samples "
+        "after reasoning (default logprob)",
+    )  # fmt: skip
+    parser.add_argument("--step", type=int, default=5, help="of the positions (default 5)")
+    parser.add_argument("--num_samples", type=int, default=32, help="of a sampling listener")
+    parser.add_argument(
+        "--normalize", default="none", choices=NORMALIZE, help="of answers' log-probabilities"
+    )
+    parser.add_argument(
+        "--end", metavar="TEXT",
+        help="text scored after every answer; 'turn' takes the chat template's end of turn",
+    )  # fmt: skip
+    parser.add_argument("--max_tokens", type=int, help="limit of a reply")
+
+
+def _add_speaking(parser: Parser) -> None:
+    parser.add_argument("--num_candidates", type=int, default=32, help="clues sampled (default 32)")
+    parser.add_argument("--cot", action="store_true", help="the speaker reasons before each clue")
+    parser.add_argument(
+        "--rsa", action="store_true",
+        help="choose among the clues by how a listener, the same model, would take them",
+    )  # fmt: skip
+    parser.add_argument("--alpha", type=float, default=1.0, help="rationality of --rsa (default 1)")
+    parser.add_argument("--utility", default="log_prob", choices=UTILITIES)
+    parser.add_argument("--select", default="sample", choices=("sample", "argmax"))
+    parser.add_argument(
+        "--on_violation", default="keep", choices=("keep", "drop", "raise"),
+        help="what happens to clues that break a rule (default keep, and count)",
+    )  # fmt: skip
+
+
+def _add_judge(parser: Parser) -> None:
+    parser.add_argument(
+        "--judge", metavar="MODEL", help="another model that guesses the speaker's clues"
+    )
+    parser.add_argument("--judge_backend", default="auto", choices=BACKENDS)
+    parser.add_argument("--judge_model_name")
+    parser.add_argument(
+        "--self_play", action="store_true", help="let --model judge itself; the report says so"
+    )
+
+
+def _listen(arguments: argparse.Namespace) -> int:
+    _check_json(arguments)
+    from wavelength_rsa.scales import Scale
+
+    scale = Scale(arguments.left, arguments.right)
+    with ExitStack() as stack:
+        listener = _listener(arguments, _model(arguments, stack))
+        found = listener.distribution(scale, arguments.clues, seed=arguments.seed)
+    rows = [
+        {"clue": clue, **one.to_dict(), "mean": one.mean, "sd": one.sd, "argmax": one.argmax}
+        for clue, one in zip(arguments.clues, found, strict=True)
+    ]
+    for row in rows:
+        print(f"{row['clue']}: mean {row['mean']:.1f}, sd {row['sd']:.1f}, mode {row['argmax']:g}")
+    _write(arguments, {"scale": [scale.left, scale.right], **listener.describe(), "clues": rows})
+    return 0
+
+
+def _speak(arguments: argparse.Namespace) -> int:
+    _check_json(arguments)
+    from wavelength_rsa.scales import Scale, grid_index
+
+    scale = Scale(arguments.left, arguments.right)
+    grid_index(arguments.target, arguments.step)
+    with ExitStack() as stack:
+        model = _model(arguments, stack)
+        speaker = _speaker(arguments, model)
+        said = speaker.speak(scale, arguments.target, seed=arguments.seed)
+        candidates = said.candidates
+        judged = None
+        if arguments.judge:
+            judge = _listener(arguments, _judge_model(arguments, stack))
+            judged = judge.distribution(scale, list(candidates.clues), seed=arguments.seed)
+    order = sorted(range(len(candidates.clues)), key=lambda k: -candidates.probs[k])
+    print(f"{said.clue}{'   (breaks a rule)' if said.flagged else ''}\n")
+    print("probability  of samples  listener" + "  judge's mean" * bool(judged) + "  clue")
+    rows = candidates.to_rows()
+    for k in order[:10]:
+        heard = "" if candidates.listener is None else f"{candidates.listener[k]:.3f}"
+        mean = f"  {judged[k].mean:12.1f}" if judged else ""
+        broken = f"   ({', '.join(candidates.violations[k])})" if candidates.violations[k] else ""
+        print(
+            f"{candidates.probs[k]:11.3f}  {candidates.prior[k]:10.3f}  {heard:>8}{mean}  "
+            f"{candidates.clues[k]}{broken}"
+        )
+    if candidates.refused:
+        print(f"{candidates.refused} samples held no clue")
+    if judged:
+        rows = [{**row, "judged_mean": j.mean} for row, j in zip(rows, judged, strict=True)]
+    _write(
+        arguments,
+        {
+            "scale": [scale.left, scale.right],
+            "target": arguments.target,
+            "clue": said.clue,
+            "refused": candidates.refused,
+            **speaker.describe(),
+            "candidates": rows,
+        },
+    )
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    out = Path(arguments.out)
+    tasks = ("listener", "speaker") if arguments.task == "both" else (arguments.task,)
+    files = {
+        task: out.with_name(f"{out.stem}-{task}{out.suffix}") if len(tasks) > 1 else out
+        for task in tasks
+    }
+    for file in files.values():
+        check_output_file(file)
+        if file.exists() and not arguments.overwrite:
+            raise UserError(f"{file} exists; name another file or give --overwrite")
+        if file.resolve() == Path(arguments.data).resolve():
+            raise UserError(f"--out would replace the data {file}; name another file")
+    if "speaker" in tasks and bool(arguments.judge) == arguments.self_play:
+        raise UserError(
+            "a speaker needs one judge: --judge MODEL, another model than the speaker's, or "
+            "--self_play"
+        )
+    if "speaker" not in tasks and (arguments.judge or arguments.self_play or arguments.rsa):
+        raise UserError("--judge, --self_play and --rsa are for --task speaker or both")
+    items = _items(arguments)
+    _quiet_libraries()
+    from wavelength_rsa.evaluate import evaluate_listener, evaluate_speaker
+
+    with ExitStack() as stack:
+        model = _model(arguments, stack)
+        for task in tasks:
+            if task == "listener":
+                found = evaluate_listener(
+                    _listener(arguments, model), items, seed=arguments.seed,
+                    resamples=arguments.resamples,
+                )  # fmt: skip
+            else:
+                judging = model if arguments.self_play else _judge_model(arguments, stack)
+                found = evaluate_speaker(
+                    _speaker(arguments, model), items, judge=_listener(arguments, judging),
+                    seed=arguments.seed, resamples=arguments.resamples,
+                )  # fmt: skip
+            found.settings["data"] = Path(arguments.data).name
+            found.save(files[task])
+            print(f"{task}\n{found.table()}")
+            for note in found.notes:
+                print(f"note: {note}")
+            print(f"report: {files[task]}\n")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from wavelength_rsa.evaluate import Report, compare
+
+    first = Report.load(arguments.file)
+    if arguments.compare is None:
+        print(first.table())
+        for note in first.notes:
+            print(f"note: {note}")
+        return 0
+    differences = compare(first, Report.load(arguments.compare), seed=arguments.seed)
+    print(f"{arguments.file} less {arguments.compare}")
+    _print_intervals(differences)
+    return 0
+
+
+def _human(arguments: argparse.Namespace) -> int:
+    _check_json(arguments)
+    from wavelength_rsa.data import human_baseline, load_items
+    from wavelength_rsa.human import human_rsa
+
+    items = load_items(arguments.data)
+    found = human_baseline(items, seed=arguments.seed)
+    print(json.dumps(found, indent=1, default=str) if arguments.verbose else _baseline_text(found))
+    pragmatic = human_rsa(items, splits=arguments.splits, seed=arguments.seed)
+    print(_human_rsa_text(pragmatic))
+    _write(arguments, {"baseline": found, "rsa": pragmatic})
+    return 0
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    _check_json(arguments)
+    from wavelength_rsa.data import load_items
+    from wavelength_rsa.fitting import fit_games
+
+    items = load_items(arguments.data)
+    with ExitStack() as stack:
+        listener = None
+        if arguments.model:
+            _quiet_libraries()
+            listener = _listener(arguments, _model(arguments, stack))
+        found = fit_games(
+            items, listener=listener, step=arguments.step, folds=arguments.folds,
+            seed=arguments.seed,
+        )  # fmt: skip
+    print(found)
+    _write(arguments, found.to_dict())
+    return 0
+
+
+def _play(arguments: argparse.Namespace) -> int:
+    _quiet_libraries()
+    from wavelength_rsa.play import SCALES, play
+
+    scales: Sequence[Any] = SCALES
+    if arguments.data:
+        scales = list(dict.fromkeys(item.scale for item in _items(arguments)))
+    with ExitStack() as stack:
+        model = _model(arguments, stack)
+        speaks = arguments.role == "listen"
+        play(
+            role=arguments.role,
+            listener=None if speaks else _listener(arguments, model),
+            speaker=_speaker(arguments, model) if speaks else None,
+            scales=scales,
+            rounds=arguments.rounds,
+            step=arguments.step,
+            seed=arguments.seed,
+            ask=input,
+            say=lambda line: print(line, flush=True),
+        )
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    out = Path(arguments.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    _quiet_libraries()
+    from wavelength_rsa.demo import run_demo
+
+    result = run_demo(out, seed=arguments.seed, full=arguments.full)
+    result.save(out)
+    print(result.markdown())
+    return 0 if result.passed else 1
+
+
+def _items(arguments: argparse.Namespace) -> "list[Item]":
+    limit = getattr(arguments, "limit", None)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit must be at least 1, not {limit}")
+    from wavelength_rsa.data import load_items
+
+    return load_items(arguments.data)[:limit]
+
+
+def _model(arguments: argparse.Namespace, stack: ExitStack) -> "TextModel":
+    return _loaded(arguments, arguments.model, arguments.backend, arguments.model_name, stack)
+
+
+def _judge_model(arguments: argparse.Namespace, stack: ExitStack) -> "TextModel":
+    return _loaded(
+        arguments, arguments.judge, arguments.judge_backend, arguments.judge_model_name, stack
+    )
+
+
+def _loaded(
+    arguments: argparse.Namespace, spec: str, backend: str, name: str | None, stack: ExitStack
+) -> "TextModel":
+    """Load a model, behind the cache if one is asked for."""
+    from tenfold_common.lm import load_text_model
+    from wavelength_rsa.cache import CachedModel
+
+    if arguments.cache:
+        check_output_file(arguments.cache)
+    _quiet_libraries()
+    template = None if arguments.thinking else {"enable_thinking": False}
+    server = backend == "server" or spec.startswith(("http://", "https://"))
+    options: dict[str, Any] = {"model": name}
+    if server:
+        options |= {"api_key_env": arguments.api_key_env}
+    else:
+        options |= {
+            "dtype": arguments.dtype,
+            "template_options": template,
+            "trust_remote_code": arguments.trust_remote_code,
+        }
+        if backend != "vllm":
+            options["device"] = arguments.device
+    model = load_text_model(spec, backend, **options)
+    return stack.enter_context(CachedModel(model, arguments.cache)) if arguments.cache else model
+
+
+def _listener(arguments: argparse.Namespace, model: "TextModel") -> "Listener":
+    from wavelength_rsa.listeners import LogprobListener, SamplingListener
+
+    if arguments.mode == "logprob":
+        return LogprobListener(
+            model, step=arguments.step, normalize=arguments.normalize, end=arguments.end
+        )
+    if arguments.normalize != "none" or arguments.end:
+        raise UserError("--normalize and --end are for --mode logprob")
+    return SamplingListener(
+        model, step=arguments.step, num_samples=arguments.num_samples,
+        cot=arguments.mode == "cot", max_tokens=arguments.max_tokens,
+    )  # fmt: skip
+
+
+def _speaker(arguments: argparse.Namespace, model: "TextModel") -> "Speaker":
+    from wavelength_rsa.speakers import RSASpeaker, SamplingSpeaker
+
+    speaker = SamplingSpeaker(
+        model, num_candidates=arguments.num_candidates, cot=arguments.cot,
+        max_tokens=arguments.max_tokens if arguments.cot else None,
+        on_violation=arguments.on_violation,
+    )  # fmt: skip
+    if not arguments.rsa:
+        return speaker
+    return RSASpeaker(
+        speaker, _listener(arguments, model), alpha=arguments.alpha, utility=arguments.utility,
+        select=arguments.select,
+    )  # fmt: skip
+
+
+def _check_json(arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        check_output_file(arguments.json)
+        data = getattr(arguments, "data", None)
+        if data and Path(arguments.json).resolve() == Path(data).resolve():
+            raise UserError(f"--json would replace the data {data}; name another file")
+
+
+def _write(arguments: argparse.Namespace, value: dict[str, Any]) -> None:
+    if arguments.json:
+        write_json(Path(arguments.json), value)
+        print(f"written: {arguments.json}")
+
+
+def _print_intervals(intervals: "dict[str, Interval]") -> None:
+    for name, one in intervals.items():
+        print(f"{name:24} {one.value:9.3f}   {one.low:9.3f} to {one.high:.3f}")
+
+
+def _quiet_libraries() -> None:
+    """Keep transformers' progress bars and advice out of a command's output."""
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

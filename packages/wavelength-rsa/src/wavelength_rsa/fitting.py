@@ -1,0 +1,73 @@
+"""How rational are human listeners? The RSA listener fitted to what people answered."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tenfold_common.errors import UserError
+from wavelength_rsa.data import Item, clusters
+from wavelength_rsa.rsa import FitResult, fit_rsa
+from wavelength_rsa.scales import Distribution, grid, project
+
+if TYPE_CHECKING:
+    from wavelength_rsa.listeners import Listener
+
+
+def fit_games(
+    items: Sequence[Item],
+    *,
+    listener: "Listener | None" = None,
+    step: int = 5,
+    folds: int = 10,
+    seed: int = 0,
+) -> FitResult:
+    """Fit alpha of the pragmatic listener to human responses, cross-validated by concept pair.
+
+    The utterances of a game are the clues that the data have for its scale, and the null utterance.
+
+    Args:
+        items: Items with human responses.
+        listener: The literal listener. Defaults to people: a random half of the responses to each
+            clue, with half a response spread over the grid; alpha is then fitted to the other half.
+        step: Of the grid; that of the listener where one is given.
+        folds: Of the cross-validation; at most one per concept pair.
+        seed: Fixes the halves, the folds and the bootstrap.
+
+    Returns:
+        The fit, see `wavelength_rsa.fit_rsa`.
+
+    Raises:
+        UserError: an item has no responses, or there are fewer than two concept pairs.
+    """
+    missing = [item.id for item in items if not item.responses or len(item.responses) < 2]
+    if missing or not items:
+        raise UserError(
+            f"alpha is fitted to human responses, of which {len(missing) or 'all'} items have fewer "
+            f"than two (first: {missing[0] if missing else 'there is no item'})"
+        )
+    step = step if listener is None else listener.step
+    random = np.random.default_rng(seed)
+    counts, literal = [], []
+    for item in items:
+        responses = random.permutation(np.array(item.responses))
+        half = len(responses) // 2 if listener is None else len(responses)
+        counts.append(project(responses[-half:], step))
+        if listener is None:
+            smoothing = 0.5 / len(grid(step))
+            literal.append(
+                Distribution.from_samples(responses[:-half], step, smoothing=smoothing).probs
+            )
+    if listener is not None:
+        questions = [(item.scale, item.clue) for item in items]
+        literal = list(listener.listen(questions, seed=seed))
+    groups = clusters(items)
+    games, heard = [], []
+    with np.errstate(divide="ignore"):  # an impossible position is -inf
+        logs = np.log(np.stack(literal))
+    for k in range(len(items)):
+        members = np.flatnonzero(groups == groups[k])
+        first = {items[i].clue: i for i in reversed(members)}  # a clue given twice is one utterance
+        games.append(logs[sorted(first.values())])
+        heard.append(sorted(first.values()).index(first[items[k].clue]))
+    return fit_rsa(games, heard, counts, groups.tolist(), folds=folds, seed=seed)
