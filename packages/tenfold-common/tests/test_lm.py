@@ -389,6 +389,16 @@ def test_scores_that_cannot_be_are_refused(model):
     words = word_tokenizer(["a", "b"])
     with pytest.raises(UserError, match="adds no token"):
         TransformersModel(tiny_llama(len(words)), words).score("a", [" "])
+    for prefixes, texts, message in (
+        ("a", [["b"]], "put the one prompt in a list"),
+        (["a"], "b", "continuations must be a list of lists"),
+        (["a", "b"], [["c"]], "2 prefixes, but 1 lists of continuations"),
+        (["a", 3], [["c"], ["d"]], r"prefixes\[1\] must be a text"),
+        (["a", "b"], [["c"], "d"], r"continuations\[1\] must be a list of texts"),
+        (["a", "b"], [["c"], ["d", ""]], r"continuations\[1\]\[1\] must be a text .* not ''"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.score_many(prefixes, texts)
     slow = SimpleNamespace(
         is_fast=False, eos_token_id=2, pad_token_id=0, chat_template=None, bos_token=None
     )
@@ -485,7 +495,7 @@ def test_every_backend_follows_the_protocol(model):
     assert isinstance(ScriptedModel(), TextModel)
     assert isinstance(ServerModel("http://h", "m"), TextModel)
     assert issubclass(VLLMModel, object)
-    for name in ("sample", "score"):
+    for name in ("sample", "score", "score_many"):
         assert callable(getattr(VLLMModel, name))
 
 
@@ -545,3 +555,15 @@ def test_scripted_scores():
         words.score("ab", ["cd"])
     with pytest.raises(UserError, match="has no scores"):
         ScriptedModel().score("a", ["b"])
+
+
+def test_scripted_scores_of_many_are_one_call_per_prefix():
+    model = ScriptedModel(score=lambda prefix, text: -float(len(f"{prefix}{text}")))
+    found = model.score_many(["ab", CHAT, "c"], [["cd e"], [], ["f", "gh"]])
+    assert [[score.total for score in row] for row in found] == [[-6], [], [-2, -3]]
+    assert model.calls == [
+        {"method": "score", "prefix": "ab", "continuations": ["cd e"]},
+        {"method": "score", "prefix": CHAT, "continuations": []},
+        {"method": "score", "prefix": "c", "continuations": ["f", "gh"]},
+    ]
+    assert model.score_many([], []) == []

@@ -418,6 +418,17 @@ def test_scores_of_messages(fake):
     assert begun == Score((-2.0,) * 2, ((0, 1), (1, 2)))
 
 
+def test_scores_of_many_prefixes_are_those_of_each_asked_at_once(fake):
+    prefixes, texts = ["abc de", CHAT, "abcd", "z"], [[" fgh", "xyz"], ["it"], ["xyz", "q w"], []]
+    wanted = [quick(fake).score(*pair) for pair in zip(prefixes, texts, strict=True)]
+    alone = len(fake.posts())
+    fake.pause = 0.05
+    assert quick(fake, concurrency=4).score_many(prefixes, texts) == wanted
+    assert fake.most == 4
+    assert len(fake.posts()) == 2 * alone == 16  # a prefix without texts is not asked for
+    assert quick(fake).score_many([], []) == []
+
+
 def test_a_server_without_log_probabilities_is_told(fake):
     def plain(handler):
         handler.send(

@@ -126,6 +126,15 @@ def test_engine_scores_equal_transformers(engine, local, prefix):
     assert [s.offsets for s in found] == [s.offsets for s in wanted]
 
 
+def test_scores_of_many_prefixes_equal_transformers(engine, server, local):
+    prefixes = ["the quick", PREFILLED, CHAT, "the quick brown fox"]
+    texts = [CONTINUATIONS, CONTINUATIONS[:2], [], CONTINUATIONS[2:]]
+    wanted = local.score_many(prefixes, texts)
+    for model in (engine, ServerModel(server)):
+        for one, other in zip(model.score_many(prefixes, texts), wanted, strict=True):
+            same_scores(one, other)
+
+
 def test_engine_samples_are_reproducible_and_different(engine):
     first = engine.sample(PROMPTS, n=4, max_tokens=16, seed=3)
     assert first == engine.sample(PROMPTS, n=4, max_tokens=16, seed=3)

@@ -117,6 +117,26 @@ class TextModel(Protocol):
         """
         ...
 
+    def score_many(
+        self, prefixes: Sequence[Prompt], continuations: Sequence[Sequence[str]]
+    ) -> list[list[Score]]:
+        """Log-probabilities of texts that could follow each of several prefixes.
+
+        The scores are those of `score`, one prefix after the other; asking for all at once lets a
+        back-end share work between them.
+
+        Args:
+            prefixes: Texts or lists of messages.
+            continuations: For each prefix its texts, none of them empty.
+
+        Returns:
+            One list of scores per prefix, in the order of the prefixes.
+
+        Raises:
+            UserError: as `score`, or there are not as many lists of texts as prefixes.
+        """
+        ...
+
 
 def check_sampling(
     prompts: Sequence[Prompt],
@@ -161,14 +181,34 @@ def check_prompt(prompt: Prompt, name: str) -> None:
             )
 
 
-def check_continuations(prefix: Prompt, continuations: Sequence[str]) -> None:
+def check_continuations(
+    prefix: Prompt,
+    continuations: Sequence[str],
+    *,
+    names: tuple[str, str] = ("prefix", "continuations"),
+) -> None:
     """Raise a UserError for the first argument of `score` that does not fit."""
-    check_prompt(prefix, "prefix")
+    check_prompt(prefix, names[0])
     if isinstance(continuations, str):
-        raise UserError("continuations must be a list of texts; put the one text in a list")
+        raise UserError(f"{names[1]} must be a list of texts; put the one text in a list")
     for i, text in enumerate(continuations):
         if not isinstance(text, str) or not text:
-            raise UserError(f"continuations[{i}] must be a text that is not empty, not {text!r}")
+            raise UserError(f"{names[1]}[{i}] must be a text that is not empty, not {text!r}")
+
+
+def check_scoring(prefixes: Sequence[Prompt], continuations: Sequence[Sequence[str]]) -> None:
+    """Raise a UserError for the first argument of `score_many` that does not fit."""
+    if isinstance(prefixes, (str, Mapping)):
+        raise UserError("prefixes must be a list of prompts; put the one prompt in a list")
+    if isinstance(continuations, str):
+        raise UserError("continuations must be a list of lists of texts, one for each prefix")
+    if len(prefixes) != len(continuations):
+        raise UserError(
+            f"there are {len(prefixes)} prefixes, but {len(continuations)} lists of continuations; "
+            "give one list for each prefix"
+        )
+    for i, (prefix, texts) in enumerate(zip(prefixes, continuations, strict=True)):
+        check_continuations(prefix, texts, names=(f"prefixes[{i}]", f"continuations[{i}]"))
 
 
 def stream_seed(seed: int, prompt: int, sample: int) -> int:

@@ -12,6 +12,7 @@ from tenfold_common.lm.base import (
     Score,
     check_continuations,
     check_sampling,
+    check_scoring,
     first_stop,
 )
 
@@ -85,6 +86,13 @@ class ScriptedModel:
         if self._score is None:
             raise UserError("this ScriptedModel has no scores; give it score=function")
         return [_score(self._score(prefix, text), text) for text in continuations]
+
+    def score_many(
+        self, prefixes: Sequence[Prompt], continuations: Sequence[Sequence[str]]
+    ) -> list[list[Score]]:
+        """Score one prefix after the other, each a call of its own; see `TextModel.score_many`."""
+        check_scoring(prefixes, continuations)
+        return [self.score(*pair) for pair in zip(prefixes, continuations, strict=True)]
 
     def _reply(self, prompt: Prompt, seed: int, sample: int) -> str:
         if isinstance(self._replies, Mapping):

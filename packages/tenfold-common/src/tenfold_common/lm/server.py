@@ -16,6 +16,7 @@ from tenfold_common.lm.base import (
     Score,
     check_continuations,
     check_sampling,
+    check_scoring,
     first_stop,
     stream_seed,
 )
@@ -125,14 +126,24 @@ class ServerModel:
         whether it does, and where the prefix ends.
         """
         check_continuations(prefix, continuations)
-        if not continuations:
-            return []
-        start = self._prompt_tokens(prefix, threading.Event())
+        return self.score_many([prefix], [continuations])[0]
 
-        def one(text: str, halt: threading.Event) -> Score:
-            return _score(start, self._prompt_tokens(_extended(prefix, text), halt), text)
-
-        return self._all(one, continuations)
+    def score_many(
+        self, prefixes: Sequence[Prompt], continuations: Sequence[Sequence[str]]
+    ) -> list[list[Score]]:
+        """Scores for several prefixes, all requests at once; see `TextModel.score_many`."""
+        check_scoring(prefixes, continuations)
+        items = list(zip(prefixes, continuations, strict=True))
+        # The prefixes first: a server that cannot score has then been asked for little.
+        alone = [prefix for prefix, texts in items if texts]
+        whole = [_extended(prefix, text) for prefix, texts in items for text in texts]
+        found = iter(self._all(self._prompt_tokens, alone + whole))
+        starts = iter([next(found) for _ in alone])
+        scores = []
+        for _, texts in items:
+            start = next(starts) if texts else []
+            scores.append([_score(start, next(found), text) for text in texts])
+        return scores
 
     def _complete(
         self, prompt: Prompt, fields: Mapping[str, object], halt: threading.Event

@@ -15,6 +15,7 @@ from tenfold_common.lm.base import (
     Score,
     check_continuations,
     check_sampling,
+    check_scoring,
     first_stop,
     stream_seed,
 )
@@ -159,6 +160,13 @@ class TransformersModel:
                     wanted = row[joint.first - 1 - shared : len(joint.ids) - 1 - shared]
                     scores[i] = joint.score(_logprobs(wanted, joint.ids[joint.first :]))
         return [scores[i] for i in range(len(joints))]
+
+    def score_many(
+        self, prefixes: Sequence[Prompt], continuations: Sequence[Sequence[str]]
+    ) -> list[list[Score]]:
+        """Scores for several prefixes; see `TextModel.score_many`."""
+        check_scoring(prefixes, continuations)
+        return [self.score(*pair) for pair in zip(prefixes, continuations, strict=True)]
 
     @contextmanager
     def _inference(self) -> Iterator[None]:

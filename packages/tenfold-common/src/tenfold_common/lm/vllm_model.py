@@ -12,6 +12,7 @@ from tenfold_common.lm.base import (
     Score,
     check_continuations,
     check_sampling,
+    check_scoring,
     stream_seed,
 )
 from tenfold_common.lm.tokens import Tokens, check_length
@@ -115,20 +116,31 @@ class VLLMModel:
         vLLM wants room for one more token, which is generated and thrown away.
         """
         check_continuations(prefix, continuations)
-        joints = self._tokens.joint(prefix, continuations)
+        return self.score_many([prefix], [continuations])[0]
+
+    def score_many(
+        self, prefixes: Sequence[Prompt], continuations: Sequence[Sequence[str]]
+    ) -> list[list[Score]]:
+        """Scores for several prefixes in one run of the engine; see `TextModel.score_many`."""
+        check_scoring(prefixes, continuations)
+        items = [self._tokens.joint(*pair) for pair in zip(prefixes, continuations, strict=True)]
+        joints = [joint for item in items for joint in item]
         params = self._vllm.SamplingParams(
             max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False
         )
         outputs = self._run([joint.ids for joint in joints], [params] * len(joints))
-        return [
-            joint.score(
-                [
-                    output.prompt_logprobs[k][joint.ids[k]].logprob
-                    for k in range(joint.first, len(joint.ids))
-                ]
-            )
-            for joint, output in zip(joints, outputs, strict=True)
-        ]
+        scores = iter(
+            [
+                joint.score(
+                    [
+                        output.prompt_logprobs[k][joint.ids[k]].logprob
+                        for k in range(joint.first, len(joint.ids))
+                    ]
+                )
+                for joint, output in zip(joints, outputs, strict=True)
+            ]
+        )
+        return [[next(scores) for _ in item] for item in items]
 
     def close(self) -> None:
         """Stop the engine and free its memory; the model cannot be used afterwards."""
