@@ -123,6 +123,13 @@ class TestHelp:
         for option in ("--method", "--preset", "--warmup_data", "--peft_rank", "--training_args"):
             assert option in text
 
+    @pytest.mark.parametrize(("verb", "out"), [("demo", "out/demo/rlcr"), ("toy", "out/rlcr-toy")])
+    def test_help_of_the_experiments_says_where_results_go(self, verb, out, capsys):
+        assert main([verb, "--help"]) == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"--out DIR folder for figures and pictures (default {out})" in text
+        assert "--seed SEED fixes weights, data and sampling (default 0)" in text
+
     def test_no_verb_prints_help(self, capsys):
         assert main([]) == 2
         assert "VERB" in capsys.readouterr().out
@@ -329,7 +336,20 @@ class TestPlotAndVote:
         empty = write(tmp_path / "e.jsonl", [{"confidence": None, "correct": 1}])
         assert "no row with both" in refused(capsys, "plot", empty, "--out", tmp_path / "o")
         assert "--out" in refused(capsys, "plot", predictions)
+        command = ["plot", predictions, "--out", tmp_path / "o"]
+        assert "n_bins" in refused(capsys, *command, "--n_bins=0")
+        line = refused(capsys, "plot", predictions, "--out", tmp_path / "f" / "x" / "y")
+        assert line.startswith(f"cannot make the folder {tmp_path / 'f' / 'x' / 'y'}: ")
+        assert line.endswith(f"{tmp_path / 'f'} is a file. Give --out another folder.")
+        (tmp_path / "link").symlink_to("nowhere")
+        assert "link is a file" in refused(capsys, "plot", predictions, "--out", tmp_path / "link")
         assert not (tmp_path / "o").exists()
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+    def test_plot_in_a_read_only_folder(self, predictions, tmp_path, capsys):
+        (tmp_path / "ro").mkdir(mode=0o555)
+        line = refused(capsys, "plot", predictions, "--out", tmp_path / "ro" / "a" / "b")
+        assert "ro is not writable" in line
 
     def test_vote(self, tmp_path, capsys):
         rows = [
@@ -337,8 +357,10 @@ class TestPlotAndVote:
             for k, (answer, q) in enumerate([("4", 0.9), ("5", 0.3), ("5", 0.3)])
         ]
         file = write(tmp_path / "v.jsonl", rows)
-        target = tmp_path / "v.json"
-        assert main(["vote", str(file), "--json", str(target)]) == 0
+        target, picture = tmp_path / "v.json", tmp_path / "v.png"
+        command = ["vote", str(file), "--json", str(target), "--plot", str(picture)]
+        assert main(command) == 0
+        assert picture.read_bytes().startswith(b"\x89PNG")
         out = capsys.readouterr().out
         assert out.startswith("1 prompts, 3 samples each\n")
         table = [line.split() for line in out.splitlines()[2:6]]
@@ -346,6 +368,25 @@ class TestPlotAndVote:
         assert table[3] == ["3", "0.0000", "1.0000", "1.0000", "1.0000"]
         assert "1.200, above 1 for 100.0%" in out
         assert json.loads(target.read_text())["accuracy"]["weighted"][-1] == 1.0
+
+    def test_vote_draws_what_it_prints(self, tmp_path, capsys, monkeypatch):
+        from rlcr import plots
+
+        rows = [
+            {"id": f"a#{k}", "answer": answer, "confidence": 0.5, "correct": answer == "4"}
+            for k, answer in enumerate("4554")
+        ]
+        drawn = []
+        monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append((figure, path)))
+        file, picture = write(tmp_path / "v.jsonl", rows), str(tmp_path / "v.png")
+        assert main(["vote", str(file), "--plot", picture]) == 0
+        table = [line.split() for line in capsys.readouterr().out.splitlines()[2:6]]
+        ((figure, path),) = drawn
+        assert path == picture
+        lines = figure.axes[0].get_lines()
+        assert [line.get_label() for line in lines] == [*table[0][1:4], "any right (pass@N)"]
+        for line, *column in zip(lines, *(row[1:] for row in table[1:]), strict=True):
+            assert [f"{y:.4f}" for y in line.get_ydata()] == column
 
     def test_vote_without_confidences_writes_valid_json(self, tmp_path, capsys):
         rows = [{"id": f"a#{k}", "answer": "4", "confidence": None, "correct": 1} for k in (0, 1)]
@@ -363,8 +404,14 @@ class TestPlotAndVote:
         rows = [
             {"id": i, "answer": "4", "confidence": 1, "correct": 1} for i in ("a#0", "b#0", "b#1")
         ]
-        line = refused(capsys, "vote", write(tmp_path / "v.jsonl", rows))
-        assert "prompts have 1 to 2 samples" in line
+        file = write(tmp_path / "v.jsonl", rows)
+        assert "prompts have 1 to 2 samples" in refused(capsys, "vote", file)
+        line = refused(capsys, "vote", file, "--plot", tmp_path / "no" / "v.png")
+        assert "there is no folder" in line
+        file = write(tmp_path / "w.jsonl", rows[1:])
+        assert "xyz" in refused(capsys, "vote", file, "--plot", tmp_path / "v.xyz")
+        assert "jsonl" in refused(capsys, "vote", file, "--plot", file)
+        assert len(file.read_text().splitlines()) == 2
 
 
 GSM8K = [{"question": "2+2?", "answer": "4 #### 4"}, {"question": "ä?", "answer": "#### 1,000"}]
@@ -626,6 +673,35 @@ class TestTrain:
         command = ["-q", "train", "--model=toy", "--data=toy", "--output_dir=o", "--device=cpu"]
         assert message in refused(capsys, *command, *arguments)
         assert sorted(tmp_path.iterdir()) == before
+
+    @pytest.mark.parametrize("option", ["data", "warmup_data"])
+    @pytest.mark.parametrize(
+        ("name", "text", "message"),
+        [
+            ("e.jsonl", "\n", "e.jsonl: the file has no rows"),
+            ("e.json", "[]", "e.json: the file has no rows"),
+            ("e.csv", "prompt,answer\n", "e.csv: the file has no rows"),
+            ("e.txt", "x", "the name must end in"),
+            ("b.jsonl", "{", "line 1: broken JSON"),
+        ],
+    )
+    def test_an_empty_file_is_refused_at_once(self, tmp_path, capsys, option, name, text, message):
+        file = tmp_path / name
+        file.write_text(text)
+        good = write(tmp_path / "good.jsonl", [{"prompt": "p", "answer": "a"}])
+        files = {"data": good, "warmup_data": good, option: file}
+        command = ["train", "--model=m", f"--output_dir={tmp_path / 'o'}"]
+        command += [f"--{key}={value}" for key, value in files.items()]
+        code = (
+            f"import sys; from rlcr.cli import main; code = main({command}); heavy = {{'torch', "
+            "'transformers', 'trl', 'datasets', 'numpy'}; print(code, heavy & set(sys.modules))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "2 set()\n"
+        assert message in done.stderr
+        assert not (tmp_path / "o").exists()
 
     def test_needs(self, capsys):
         assert "train needs --output_dir" in refused(capsys, "train")

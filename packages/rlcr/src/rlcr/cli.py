@@ -6,6 +6,7 @@ Nothing but the standard library is imported until a verb runs, so that help is 
 import argparse
 import dataclasses
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -120,7 +121,8 @@ def _parser() -> Parser:
     vote.add_argument("file", metavar="FILE", help="predictions with ids NAME#0, NAME#1, ...")
     vote.add_argument("--verifier", default="auto", help="whose normal form makes answers equal")
     vote.add_argument("--json", metavar="FILE", help="also write the figures here")
-    vote.add_argument("--seed", type=int, default=0)
+    vote.add_argument("--plot", metavar="FILE", help="also draw accuracy by samples here (.png)")
+    vote.add_argument("--seed", type=int, default=0, help="fixes the subsets of the samples")
 
     data = verb("data", _data, "build a training or test set")
     data.add_argument("name", choices=SETS, metavar="NAME", help=", ".join(SETS))
@@ -134,7 +136,7 @@ def _parser() -> Parser:
     data.add_argument("--plain", action="store_true", help="prompts without a chat template")
 
     toy = verb("toy", _toy, "the noisy-sensor experiment with settings of your own")
-    toy.add_argument("--out", default="out/rlcr-toy", metavar="DIR")
+    _add_folder_and_seed(toy, "out/rlcr-toy")
     toy.add_argument(
         "--arms", nargs="+", default=["rlvr", "rlcr"], metavar="ARM",
         help="rlvr, rlcr, log_unscaled, hedging",
@@ -146,11 +148,9 @@ def _parser() -> Parser:
     toy.add_argument("--num_generations", type=int)
     toy.add_argument("--test_rows", type=int)
     toy.add_argument("--warmup_confidence", choices=("overconfident", "random"))
-    toy.add_argument("--seed", type=int, default=0)
 
     demo = verb("demo", _demo, "RLVR against RLCR on a task with a known optimum, in minutes")
-    demo.add_argument("--out", default="out/demo/rlcr", metavar="DIR")
-    demo.add_argument("--seed", type=int, default=0)
+    _add_folder_and_seed(demo, "out/demo/rlcr")
     demo.add_argument("--full", action="store_true", help="three seeds")
     return parser
 
@@ -172,6 +172,15 @@ def _add_train_options(parser: Parser) -> None:
             if more["choices"] is None:
                 more["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
         parser.add_argument(f"--{item.name}", **more)
+
+
+def _add_folder_and_seed(parser: Parser, out: str) -> None:
+    parser.add_argument(
+        "--out", default=out, metavar="DIR", help=f"folder for figures and pictures (default {out})"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="fixes weights, data and sampling (default 0)"
+    )
 
 
 def _add_columns(parser: Parser) -> None:
@@ -209,6 +218,11 @@ def _train(arguments: argparse.Namespace) -> int:
     options = TrainOptions.from_dict(
         {**stored, **from_file, **given}, arguments.config or "the command line"
     ).checked()
+    from rlcr.files import check_rows
+
+    for path in (options.data, options.warmup_data):
+        if path and path != "toy":
+            check_rows(path)  # answered at once, not after torch and trl are loaded
     _quiet_libraries()
     from rlcr.training import train
     from tenfold_common.trainer import Stopped
@@ -226,8 +240,6 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _is_first_process() -> bool:
-    import os
-
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -306,12 +318,16 @@ def _print_summary(found: dict[str, Any]) -> None:
 
 def _check_figures(arguments: argparse.Namespace) -> None:
     """Check --json and --seed before the work."""
-    if arguments.seed < 0:
-        raise UserError(f"seed is {arguments.seed}; it must not be negative.")
+    _check_seed(arguments)
     if arguments.json:
         check_output_file(arguments.json)
         if Path(arguments.json).resolve() == Path(arguments.file).resolve():
             raise UserError(f"--json would overwrite {arguments.file}; name another file.")
+
+
+def _check_seed(arguments: argparse.Namespace) -> None:
+    if arguments.seed < 0:
+        raise UserError(f"seed is {arguments.seed}; it must not be negative.")
 
 
 def _score(arguments: argparse.Namespace) -> int:
@@ -399,6 +415,7 @@ def _graded(arguments: argparse.Namespace) -> "Predictions":
 
 
 def _plot(arguments: argparse.Namespace) -> int:
+    out = _checked_folder(arguments.out)
     import numpy as np
 
     sets = {}
@@ -413,25 +430,30 @@ def _plot(arguments: argparse.Namespace) -> int:
         sets[name] = predictions.confidence[usable], predictions.correct[usable]
     from rlcr import plots
 
-    out = Path(arguments.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out takes a folder.")
-    out.mkdir(parents=True, exist_ok=True)
     figure = plots.reliability_diagrams(sets, n_bins=arguments.n_bins, binning=arguments.binning)
     axes = None
     for name, (q, c) in sets.items():
         axes = plots.risk_coverage_plot(q, c, ax=axes, label=name)
     assert axes is not None
+    out.mkdir(parents=True, exist_ok=True)  # only now: what is wrong leaves no empty folder behind
     for drawn, name in ((figure, "reliability.png"), (axes.figure, "risk_coverage.png")):
-        print(plots.save(drawn, out / name))  # pyright: ignore[reportArgumentType]
+        print(plots.save(drawn, out / name))
     return 0
 
 
 def _vote(arguments: argparse.Namespace) -> int:
     _check_figures(arguments)
+    if arguments.plot:
+        check_output_file(arguments.plot)
     from rlcr.evaluation import vote_on_file
 
     found = vote_on_file(arguments.file, verifier=arguments.verifier, seed=arguments.seed)
+    if arguments.plot:
+        from rlcr import plots
+        from rlcr.scaling import VoteCurve
+
+        axes = plots.votes_plot(VoteCurve(found["sizes"], found["accuracy"], found["pass_at_n"]))
+        plots.save(axes.figure, arguments.plot)
     print(f"{found['prompts']} prompts, {found['samples']} samples each\n")
     head = ["samples", *found["accuracy"], "pass@n"]
     print("  ".join(f"{name:>8}" for name in head))
@@ -522,12 +544,24 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _folder(arguments: argparse.Namespace) -> Path:
     """Return the folder of the experiment's results, made if missing."""
-    if arguments.seed < 0:
-        raise UserError(f"seed is {arguments.seed}; it must not be negative.")
-    out = Path(arguments.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; --out takes a folder.")
+    _check_seed(arguments)
+    out = _checked_folder(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _checked_folder(path: str) -> Path:
+    """Return a folder that is there or can be made; nothing is made yet."""
+    out = Path(path)
+    there = next(place for place in (out, *out.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise UserError(
+            f"{there} is a file; --out takes a folder."
+            if there == out
+            else f"cannot make the folder {out}: {there} is a file. Give --out another folder."
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write to {out}: the folder {there} is not writable.")
     return out
 
 

@@ -364,7 +364,7 @@ def _figures(
     for label, (q, c) in series.items():
         axes = plots.risk_coverage_plot(q, c, ax=axes, label=label)
     assert axes is not None
-    plots.save(axes.figure, out_dir / "risk_coverage.png")  # pyright: ignore[reportArgumentType]
+    plots.save(axes.figure, out_dir / "risk_coverage.png")
     return [
         Figure("reliability.png", "Accuracy against stated confidence, first seed"),
         Figure("risk_coverage.png", "Error rate among the most confident answers, first seed"),

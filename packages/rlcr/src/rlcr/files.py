@@ -39,23 +39,36 @@ def numbered_rows(path: str | PathLike[str]) -> list[tuple[str, dict[str, object
         UserError: the file is missing, empty, of another kind or broken; the message names the
             path and, where there is one, the line.
     """
-    file = Path(path)
+    rows = list(_rows(Path(path)))
+    if not rows:
+        raise UserError(f"{path}: the file has no rows")
+    return rows
+
+
+def check_rows(path: str | PathLike[str]) -> None:
+    """Check that a file is there and has a first row, without decoding the rest of JSON lines.
+
+    Raises:
+        UserError: see `numbered_rows`.
+    """
+    if next(_rows(Path(path)), None) is None:
+        raise UserError(f"{path}: the file has no rows")
+
+
+def _rows(file: Path) -> Iterator[tuple[str, dict[str, object]]]:
     suffix = file.suffix.lower()
     if suffix not in _SUFFIXES:
         raise UserError(f"{file}: the name must end in {', '.join(_SUFFIXES)}, got {suffix!r}")
     if not file.is_file():
         raise UserError(f"{file}: {'is a folder' if file.is_dir() else 'there is no such file'}")
     if suffix == ".parquet":
-        rows = _parquet_rows(file)
+        yield from _parquet_rows(file)
     elif suffix == ".csv":
-        rows = list(_csv_rows(file))
+        yield from _csv_rows(file)
     else:
         data = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
         array = suffix == ".json" and data.lstrip()[:1] == b"["
-        rows = _json_array(file, data) if array else list(_json_lines(file, data))
-    if not rows:
-        raise UserError(f"{file}: the file has no rows")
-    return rows
+        yield from _json_array(file, data) if array else _json_lines(file, data)
 
 
 def _json_lines(file: Path, data: bytes) -> Iterator[tuple[str, dict[str, object]]]:

@@ -16,7 +16,7 @@ from tenfold_common.optional import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
     from rlcr.scaling import VoteCurve
 
@@ -42,7 +42,7 @@ def _axes(ax: "Axes | None", width: float = 6.4, height: float = 4.0) -> "Axes":
     return axes
 
 
-def save(figure: "Figure", path: str | os.PathLike[str]) -> Path:
+def save(figure: "Figure | SubFigure", path: str | os.PathLike[str]) -> Path:
     """Write a figure with 150 dots per inch; the ending of `path` names the format.
 
     Raises:
@@ -52,7 +52,7 @@ def save(figure: "Figure", path: str | os.PathLike[str]) -> Path:
     if not target.parent.is_dir():
         raise UserError(f"cannot write {str(target)!r}: its folder does not exist; make it first")
     try:
-        figure.savefig(target, dpi=150)
+        figure.figure.savefig(target, dpi=150)
     except ValueError as error:
         raise UserError(f"cannot write {str(target)!r}: {error}") from error
     return target
