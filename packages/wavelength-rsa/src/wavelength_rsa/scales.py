@@ -264,10 +264,10 @@ class Distribution:
         """
         at = np.flatnonzero(self.grid == check_position(target))
         if not len(at):
-            first, second, *_, last = self.grid
             raise UserError(
-                f"target {target:g} is not a position of the grid {first:g}, {second:g}, ..., "
-                f"{last:g}; use a finer step, or its nearest position"
+                f"target {target:g} is not a position of the grid {self.grid[0]:g}, "
+                f"{self.grid[1]:g}, ..., {self.grid[-1]:g}; use a finer step, or its nearest "
+                "position"
             )
         with np.errstate(divide="ignore"):
             return float(-np.log(self.probs[at[0]]) + 0.0)
