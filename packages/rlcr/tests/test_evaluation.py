@@ -92,7 +92,8 @@ class TestSources:
         evaluate(model, rows_of(), tmp_path / "p.jsonl", temperature=0.7, samples=2, max_tokens=9)
         main, answer, confidence = model.calls
         assert (main["temperature"], main["n"], main["max_tokens"]) == (0.7, 2, 9)
-        for call, tokens in ((answer, 50), (confidence, 20)):
+        for call, tokens, stop in ((answer, 50, "</answer>"), (confidence, 20, "\n")):
+            assert call["stop"] == (stop,)
             assert (call["temperature"], call["n"], call["max_tokens"]) == (0, 1, tokens)
             assert len(call["prompts"]) == 2  # one for each sample
 
@@ -105,6 +106,15 @@ class TestSources:
         (row,) = evaluate(model, rows_of(), tmp_path / "p.jsonl").rows
         assert row["confidence"] == expected
         assert row["source"] == ("missing" if expected is None else "forced")
+
+    @pytest.mark.parametrize(("first", "expected"), [(" 60", 0.6), (" I cannot tell", None)])
+    def test_a_forced_confidence_ends_with_the_line(self, tmp_path, first, expected):
+        """What a model writes below is a text of its own, such as the next problem."""
+        found = []
+        for i, below in enumerate(("", "\n75", "\n\nPROBLEM 9: 10%")):
+            model = scripted(NO_CONFIDENCE, confidence=first + below)
+            found += evaluate(model, rows_of(), tmp_path / f"{i}.jsonl").rows
+        assert [row["confidence"] for row in found] == [expected] * 3
 
     def test_no_forcing(self, tmp_path):
         replies = {"p0": FULL, "p1": NO_CONFIDENCE, "p2": CUT_OFF}

@@ -14,6 +14,7 @@ from rlcr.rewards import RewardWarning, RLCRReward, completion_text, prompt_text
 from rlcr.scoring import BetaFamily, Brier, ClippedLog, RankedBins, Spherical
 from rlcr.verify import ExactMatch, FunctionVerifier, Judge, Verifier
 from tenfold_common.errors import MissingDependencyError, UserError
+from tenfold_common.lm import ScriptedModel
 from tenfold_common.tiny import tiny_llama, word_tokenizer
 
 
@@ -325,6 +326,18 @@ def test_judge_gets_the_question() -> None:
     assert "\nWhere?\n" in model.asked[1]
     with pytest.raises(UserError, match="a prompt must be"):
         prompt_text([{"role": "system", "content": "S"}])
+
+
+def test_another_prompt_is_another_grade() -> None:
+    """Equal texts and golds share a batch's scores only if the judge saw the same questions."""
+    model = ScriptedModel(lambda prompt, seed, sample: "YES" if "\nWho?\n" in prompt else "NO")
+    reward = exact(verifier=Judge(model))
+    columns = {"completions": [tac("x", 1)], "answer": ["y"]}
+    for prompt, right in (("Who?", 1), ("Where?", 0), ("Who?", 1)):
+        for function in (reward.accuracy_reward, reward.calibration_reward):
+            assert function(prompts=[prompt], **columns) == [right]
+        assert reward(prompts=[prompt], **columns) == [1 + 2 * right]
+    assert len(model.calls) == 2  # the third batch is the first
 
 
 # Settings that are refused

@@ -2,12 +2,16 @@
 
 import math
 import warnings
+from collections import deque
 from copy import deepcopy
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOTrainer
 
 from rlcr.config import RLCRConfig
 from rlcr.monitor import CalibrationWarning, Monitor
@@ -462,6 +466,23 @@ def test_calibration_rises(tmp_path):
     assert sum(values[-8:]) / 8 > sum(values[:8]) / 8 + 0.05
     rewards = [row["reward"] for row in rows]
     assert sum(rewards[-8:]) > sum(rewards[:8])
+
+
+def test_the_window_takes_the_newest_batch_of_all_processes(monkeypatch):
+    """Two processes of two rows gather four; older rows of the log are of windows before."""
+    logged = {"rlcr_confidence": [0.9, 0.1, 0.2, None, 0.4], "rlcr_correct": [0, 1, 0, None, 1]}
+    trainer = object.__new__(RLCRTrainer)
+    trainer.accelerator = SimpleNamespace(num_processes=2)
+    trainer.model = SimpleNamespace(training=True)
+    trainer._logs = {"extra": {name: deque(values) for name, values in logged.items()}}
+    trainer._window = {"train": [], "eval": []}
+    output = {"rewards": torch.zeros(2)}
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", lambda self, rows: output)
+    assert trainer._generate_and_score_completions([{}, {}]) is output
+    ((confidence, correct),) = trainer._window["train"]
+    np.testing.assert_array_equal(confidence, [0.1, 0.2, math.nan, 0.4])
+    np.testing.assert_array_equal(correct, [1, 0, math.nan, 1])
+    assert trainer._window["eval"] == []
 
 
 def test_a_model_made_in_memory_needs_its_tokenizer(tmp_path):
