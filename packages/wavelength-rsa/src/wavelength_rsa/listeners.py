@@ -16,13 +16,13 @@ from numpy.typing import ArrayLike, NDArray
 from tenfold_common.errors import UserError, suggest
 from tenfold_common.lm.base import stream_seed
 from wavelength_rsa.metrics import check_probs
+from wavelength_rsa.prompts import Prompts, prompts_for
 from wavelength_rsa.rules import normalise_clue
 from wavelength_rsa.scales import Distribution, Scale, grid, project
 
 if TYPE_CHECKING:
     from tenfold_common.lm import Generation, Prompt, Score, TextModel
     from wavelength_rsa.data import Item
-    from wavelength_rsa.prompts import Prompts
 
 Array: TypeAlias = NDArray[np.float64]
 Question: TypeAlias = tuple[Scale, str]
@@ -221,7 +221,7 @@ class LogprobListener(Listener):
     def __init__(
         self,
         model: "TextModel",
-        prompts: "Prompts | None" = None,
+        prompts: Prompts | None = None,
         *,
         step: int = 5,
         normalize: Normalize = "none",
@@ -233,11 +233,10 @@ class LogprobListener(Listener):
                 f"normalize must be one of {', '.join(NORMALIZE)}, not {normalize!r}."
                 + suggest(str(normalize), NORMALIZE)
             )
-        if not 0 < temperature < np.inf:
-            raise UserError(f"temperature must be a finite number above 0, not {temperature!r}")
+        check_number("temperature", temperature, above=True)
         grid(step)
         self.model = model
-        self.prompts = prompts if prompts is not None else _default_prompts(model)
+        self.prompts = prompts if prompts is not None else prompts_for(model)
         self.step, self.normalize, self.temperature = step, normalize, float(temperature)
         self.end = _end_of_turn(model) if end == "turn" else end or ""
         self.name = f"{model.name} (log-probabilities)"
@@ -316,7 +315,7 @@ class SamplingListener(Listener):
     def __init__(
         self,
         model: "TextModel",
-        prompts: "Prompts | None" = None,
+        prompts: Prompts | None = None,
         *,
         step: int = 5,
         num_samples: int = 32,
@@ -328,14 +327,14 @@ class SamplingListener(Listener):
     ) -> None:
         check_count("num_samples", num_samples)
         check_count("max_retries", max_retries, least=0)
-        smoothing = 0.5 / len(grid(step)) if smoothing is None else float(smoothing)
-        if not 0 <= smoothing < np.inf:
-            raise UserError(f"smoothing must be a finite number >= 0, not {smoothing!r}")
+        check_number("temperature", temperature)
+        smoothing = 0.5 / len(grid(step)) if smoothing is None else smoothing
+        check_number("smoothing", smoothing)
         self.model = model
-        self.prompts = prompts if prompts is not None else _default_prompts(model)
+        self.prompts = prompts if prompts is not None else prompts_for(model)
         self.step, self.num_samples, self.cot = step, num_samples, cot
         self.temperature, self.smoothing = temperature, smoothing
-        self.max_tokens = max_tokens or (1024 if cot else 24)
+        self.max_tokens = tokens_for(cot) if max_tokens is None else max_tokens
         self.max_retries = max_retries
         self.last_stats: dict[str, int] = {}
         self.name = f"{model.name} ({'reasoning samples' if cot else 'samples'})"
@@ -491,6 +490,20 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         raise UserError(f"{name} must be a whole number of at least {least}, not {value!r}")
 
 
+def check_number(name: str, value: object, *, above: bool = False, infinite: bool = False) -> None:
+    """Raise a UserError unless a value is a number >= 0 (`above`: > 0), finite or not."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    low = number and (value > 0 if above else value >= 0)  # false for NaN
+    if not low or (value == np.inf and not infinite):
+        bound = "above 0" if above else "of at least 0"
+        raise UserError(f"{name} must be a number {bound}, not {value!r}")
+
+
+def tokens_for(cot: bool) -> int:
+    """Return how many tokens a reply may have unless said otherwise."""
+    return 1024 if cot else 24
+
+
 def check_question(question: Question) -> Question:
     """Return a question with its clue in normal form, after checking it."""
     fits = isinstance(question, tuple) and len(question) == 2
@@ -501,12 +514,6 @@ def check_question(question: Question) -> Question:
     if not clue:
         raise UserError(f"the clue on {scale} is blank; a clue is a word or a phrase")
     return scale, clue
-
-
-def _default_prompts(model: "TextModel") -> "Prompts":
-    from wavelength_rsa.prompts import prompts_for
-
-    return prompts_for(model)
 
 
 def _end_of_turn(model: "TextModel") -> str:

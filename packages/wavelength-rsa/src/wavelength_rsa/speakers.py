@@ -8,7 +8,7 @@ import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -19,18 +19,19 @@ from tenfold_common.errors import UserError, suggest
 from wavelength_rsa.listeners import (
     Listener,
     Question,
-    _default_prompts,
     check_count,
+    check_number,
     check_question,
     draw_readable,
+    tokens_for,
 )
+from wavelength_rsa.prompts import Prompts, prompts_for
 from wavelength_rsa.rsa import RSA, production
 from wavelength_rsa.rules import DEFAULT_RULES, Rules, check_clue, clue_key, normalise_clue
 from wavelength_rsa.scales import Scale, check_position, grid, grid_index
 
 if TYPE_CHECKING:
     from tenfold_common.lm import TextModel
-    from wavelength_rsa.prompts import Prompts
 
 Array: TypeAlias = NDArray[np.float64]
 Task: TypeAlias = tuple[Scale, float]
@@ -174,7 +175,7 @@ class SamplingSpeaker(Speaker):
     def __init__(
         self,
         model: "TextModel",
-        prompts: "Prompts | None" = None,
+        prompts: Prompts | None = None,
         *,
         num_candidates: int = 32,
         cot: bool = False,
@@ -186,11 +187,12 @@ class SamplingSpeaker(Speaker):
     ) -> None:
         check_count("num_candidates", num_candidates)
         check_count("max_retries", max_retries, least=0)
+        check_number("temperature", temperature)
         _check_choice("on_violation", on_violation, get_args(OnViolation))
         self.model = model
-        self.prompts = prompts if prompts is not None else _default_prompts(model)
+        self.prompts = prompts if prompts is not None else prompts_for(model)
         self.num_candidates, self.cot, self.temperature = num_candidates, cot, temperature
-        self.max_tokens = max_tokens or (1024 if cot else 24)
+        self.max_tokens = tokens_for(cot) if max_tokens is None else max_tokens
         self.rules, self.on_violation, self.max_retries = rules, on_violation, max_retries
         self.name = f"{model.name} ({'reasoning' if cot else 'direct'})"
 
@@ -205,7 +207,7 @@ class SamplingSpeaker(Speaker):
             "cot": self.cot,
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
-            "rules": rules and {**vars(rules), "banned": list(rules.banned)},
+            "rules": rules and {**asdict(rules), "banned": list(rules.banned)},
             "on_violation": self.on_violation,
             "max_retries": self.max_retries,
         }
@@ -294,11 +296,9 @@ class RSASpeaker(Speaker):
     ) -> None:
         _check_choice("utility", utility, get_args(Utility))
         _check_choice("select", select, get_args(Select))
-        for name, value in (("alpha", alpha), ("prior_weight", prior_weight)):
-            if not value >= 0:
-                raise UserError(f"{name} must be a number >= 0, not {value!r}")
-        if not 0 < tau < np.inf:
-            raise UserError(f"tau must be a finite number above 0, not {tau!r}")
+        check_number("alpha", alpha, infinite=True)
+        check_number("prior_weight", prior_weight)
+        check_number("tau", tau, above=True)
         if isinstance(cost, Mapping) and set(cost) != {"words"}:
             raise UserError(f"cost must be a function or {{'words': number}}, not {cost!r}")
         self.speaker, self.listener = speaker, listener
@@ -314,7 +314,7 @@ class RSASpeaker(Speaker):
         )
         return {
             "class": type(self).__name__,
-            "alpha": self.alpha,
+            "alpha": _json_number(self.alpha),
             "prior_weight": self.prior_weight,
             "cost": cost and named,
             "utility": self.utility,
@@ -398,7 +398,7 @@ class RSAListener(Listener):
         state_prior: ArrayLike | None = None,
     ) -> None:
         self.listener, self.alternatives = listener, alternatives
-        self.step = listener.step
+        self.alpha, self.step = alpha, listener.step
         prior = None if state_prior is None else np.asarray(state_prior, dtype=np.float64)
         self.rsa = RSA(
             alpha=alpha, depth=depth, null="uniform" if null else None, state_prior=prior
@@ -420,7 +420,7 @@ class RSAListener(Listener):
             }
         return {
             "class": type(self).__name__,
-            "alpha": self.rsa.alpha,
+            "alpha": _json_number(self.alpha),
             "depth": self.rsa.depth,
             "null": self.rsa.null is not None,
             "state_prior": None if prior is None else np.asarray(prior).tolist(),
@@ -453,9 +453,11 @@ class RSAListener(Listener):
         before.
         """
         if (scale, seed) not in self._known:
-            clues = list({clue_key(c): c for c in reversed(self._clues(scale, seed))}.values())
-            rows = self.listener.listen([(scale, clue) for clue in clues], seed=seed)
-            self._known[scale, seed] = dict(zip(clues, rows, strict=True))
+            spelt: dict[str, str] = {}
+            for clue in self._clues(scale, seed):
+                spelt.setdefault(clue_key(clue), clue)
+            rows = self.listener.listen([(scale, clue) for clue in spelt.values()], seed=seed)
+            self._known[scale, seed] = dict(zip(spelt.values(), rows, strict=True))
         return self._known[scale, seed]
 
     def _clues(self, scale: Scale, seed: int) -> list[str]:
@@ -473,13 +475,20 @@ class RSAListener(Listener):
                 f"there are no alternatives for the scale {scale}; there are some for "
                 f"{len(names)} scales.{suggest(str(scale), names)}"
             )
-        return [check_question((scale, clue))[1] for clue in self.alternatives[scale]]
+        clues = self.alternatives[scale]
+        if isinstance(clues, str):
+            raise UserError(f"the alternatives for {scale} must be a list of clues, not {clues!r}")
+        return [check_question((scale, clue))[1] for clue in clues]
 
 
 def _task(task: Task) -> Task:
     if not isinstance(task, tuple) or len(task) != 2 or not isinstance(task[0], Scale):
         raise UserError(f"a task is a pair (Scale, target), not {task!r}")
     return task[0], check_position(task[1])
+
+
+def _json_number(value: float) -> float | str:
+    return "inf" if value == np.inf else value
 
 
 def _check_choice(name: str, value: object, known: tuple[str, ...]) -> None:

@@ -19,7 +19,8 @@ from tenfold_common.lm.base import (
     first_stop,
     stream_seed,
 )
-from tenfold_common.lm.tokens import Tokens, check_length
+from tenfold_common.lm.prefixes import Prefixes, join, past_length, shared_start
+from tenfold_common.lm.tokens import Joint, Tokens, check_length
 from tenfold_common.optional import require
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 class TransformersModel:
     """Samples and scores in batches with a model of transformers.
+
+    A prompt of which several samples are wanted is run once, and so is what all prompts begin with;
+    of models with a sliding window or with states in place of keys, only scores share their
+    prefixes, or nothing does. No key or value outlives a call, so the weights may change between.
 
     Every sample draws one uniform number per token from its own stream, so results do not depend
     on `batch_size` or on the other prompts, but for rounding: with other padding the logits differ
@@ -120,16 +125,18 @@ class TransformersModel:
         # alike, so that a row's result does not depend on its neighbours.
         different = n if temperature > 0 else 1
         rows = [(i, j) for i in range(len(encoded)) for j in range(different)]
-        rows.sort(key=lambda row: -len(encoded[row[0]]))
+        rows.sort(key=lambda row: (-len(encoded[row[0]]), encoded[row[0]]))
         done: dict[tuple[int, int], Generation] = {}
         with self._inference():
+            shared = self._shared_prompts([encoded[i] for i, _ in rows])
             for limit, alike in groupby(rows, key=room):
                 for batch in _batches(list(alike), self.batch_size):
                     inputs = [encoded[i] for i, _ in batch]
                     draws = [_draws(stream_seed(seed, i, j), limit) for i, j in batch]
                     chooser = _Chooser(_width(inputs), draws, temperature, top_p)
+                    cache = join(shared.pasts([ids[:-1] for ids in inputs])) if shared else None
                     for row, ids in zip(
-                        batch, self._generate(inputs, limit, chooser, stop), strict=True
+                        batch, self._generate(inputs, cache, limit, chooser, stop), strict=True
                     ):
                         done[row] = self._tokens.generation(encoded[row[0]], ids, self._ends, stop)
         return [[done[i, j % different] for j in range(n)] for i in range(len(encoded))]
@@ -137,36 +144,69 @@ class TransformersModel:
     def score(self, prefix: Prompt, continuations: Sequence[str]) -> list[Score]:
         """Log-probabilities of texts that could follow a prefix; see `TextModel.score`.
 
-        The prefix is run once and its keys and values are shared by all continuations; the
-        log-softmax is computed in float32.
+        The prefix is run once and its keys and values are shared by all continuations, but for
+        models whose cache holds other things, such as linear attention; the log-softmax is
+        computed in float32.
         """
         check_continuations(prefix, continuations)
-        joints = self._tokens.joint(prefix, continuations)
-        for joint in joints:
-            check_length(len(joint.ids), self.context, spare=0)
-        if not joints:
-            return []
-        scores: dict[int, Score] = {}
-        with self._inference():
-            # The last common token is run with the continuations: it predicts their first.
-            shared = min(joint.first for joint in joints) - 1
-            cache = self._run_prefix(joints[0].ids[:shared])
-            shared = shared if cache is not None else 0
-            order = sorted(range(len(joints)), key=lambda i: -len(joints[i].ids))
-            for batch in _batches(order, self.batch_size):
-                logits = self._run_rows([joints[i].ids[shared:-1] for i in batch], cache, shared)
-                for i, row in zip(batch, logits, strict=True):
-                    joint = joints[i]
-                    wanted = row[joint.first - 1 - shared : len(joint.ids) - 1 - shared]
-                    scores[i] = joint.score(_logprobs(wanted, joint.ids[joint.first :]))
-        return [scores[i] for i in range(len(joints))]
+        return self.score_many([prefix], [continuations])[0]
 
     def score_many(
         self, prefixes: Sequence[Prompt], continuations: Sequence[Sequence[str]]
     ) -> list[list[Score]]:
-        """Scores for several prefixes; see `TextModel.score_many`."""
+        """Scores for several prefixes; see `TextModel.score_many`.
+
+        What all prefixes begin with is run once, then the rest of each, then the continuations of
+        `batch_size` prefixes together; logits are made for the continuations only.
+        """
         check_scoring(prefixes, continuations)
-        return [self.score(*pair) for pair in zip(prefixes, continuations, strict=True)]
+        items = [self._tokens.joint(*pair) for pair in zip(prefixes, continuations, strict=True)]
+        for joint in (joint for item in items for joint in item):
+            check_length(len(joint.ids), self.context, spare=0)
+        # The last common token is run with the continuations: it predicts their first.
+        starts = {
+            i: item[0].ids[: min(joint.first for joint in item) - 1]
+            for i, item in enumerate(items)
+            if item
+        }
+        scores: dict[tuple[int, int], Score] = {}
+        if not starts:
+            return [[] for _ in items]
+        with self._inference():
+            order = sorted(starts, key=lambda i: (-len(starts[i]), starts[i]))
+            shared = Prefixes(self._forward, list(starts.values()), self.batch_size)
+            for group in _batches(order, shared.together):
+                pasts = dict(zip(group, shared.pasts([starts[i] for i in group]), strict=True))
+                tails = [(i, k) for i in group for k in range(len(items[i]))]
+                for row, score in self._score_tails(items, pasts, tails):
+                    scores[row] = score
+        return [[scores[i, k] for k in range(len(item))] for i, item in enumerate(items)]
+
+    def _score_tails(
+        self,
+        items: list[list[Joint]],
+        pasts: dict[int, DynamicCache | None],
+        tails: list[tuple[int, int]],
+    ) -> Iterator[tuple[tuple[int, int], Score]]:
+        """Scores of continuations, named by prefix and number, after what was run of the prefix."""
+        known = {i: past_length(past) for i, past in pasts.items()}
+        tails = sorted(tails, key=lambda row: known[row[0]] - len(items[row[0]][row[1]].ids))
+        for batch in _batches(tails, self.batch_size):
+            joints = [items[i][k] for i, k in batch]
+            rows = [joint.ids[known[i] : -1] for (i, _), joint in zip(batch, joints, strict=True)]
+            width = _width(rows)
+            # Where each continuation's logits begin; the rows are padded on the right.
+            begins = [
+                joint.first - 1 - known[i] for (i, _), joint in zip(batch, joints, strict=True)
+            ]
+            logits = self._forward(
+                rows, [pasts[i] for i, _ in batch], keep=width - min(begins), cache=False
+            ).logits
+            skipped = width - logits.shape[1]
+            for row, joint, begin, found in zip(batch, joints, begins, logits, strict=True):
+                targets = joint.ids[joint.first :]
+                wanted = found[begin - skipped :][: len(targets)]
+                yield row, joint.score(_logprobs(wanted, targets))
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
@@ -185,8 +225,25 @@ class TransformersModel:
             for module in training:
                 module.training = True
 
+    def _shared_prompts(self, prompts: list[list[int]]) -> Prefixes | None:
+        """What to run before sampling from prompts; None if they are as well run by themselves."""
+        rows = [ids[:-1] for ids in prompts]  # the last token is left: it predicts the first
+        if not any(rows):
+            return None
+        start = len(shared_start(rows))
+        distinct = {tuple(row): len(row) - start for row in rows}
+        if 2 * (start + sum(distinct.values())) > sum(map(len, rows)):
+            return None  # holding keys and values twice is for half the work or less
+        shared = Prefixes(self._forward, rows, self.batch_size)
+        return shared if shared.kind == "padded" else None
+
     def _generate(
-        self, rows: list[list[int]], limit: int, chooser: _Chooser, stop: Sequence[str]
+        self,
+        rows: list[list[int]],
+        cache: DynamicCache | None,
+        limit: int,
+        chooser: _Chooser,
+        stop: Sequence[str],
     ) -> list[list[int]]:
         import torch
         from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -199,6 +256,7 @@ class TransformersModel:
         sequences = network.generate(
             input_ids=torch.tensor(padded, device=device),
             attention_mask=torch.tensor(mask, device=device),
+            **({} if cache is None else {"past_key_values": cache}),
             generation_config=GenerationConfig(
                 max_new_tokens=limit,
                 do_sample=False,  # the chooser leaves one token per row
@@ -213,41 +271,57 @@ class TransformersModel:
         )
         return sequences[:, width:].tolist()
 
-    def _run_prefix(self, ids: list[int]) -> DynamicCache | None:
-        """Keys and values of one row; None if there is nothing to run or the model keeps none."""
+    def _forward(
+        self,
+        rows: list[list[int]],
+        pasts: Sequence[DynamicCache | None],
+        *,
+        keep: int = 1,
+        cache: bool = True,
+    ) -> Any:
+        """Run rows of tokens, each after its past and padded on the right.
+
+        Args:
+            rows: New tokens, at least one per row.
+            pasts: For each row the cache of what comes before; see `Prefixes`.
+            keep: Of how many last columns the logits are needed; some models give all.
+            cache: Whether the output must hold the cache.
+        """
         import inspect
 
         import torch
 
-        if not ids:
-            return None
-        known = inspect.signature(self._inner.forward).parameters
-        fewer = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        row = torch.tensor([ids], device=self._inner.device)
-        cache = self.model(input_ids=row, use_cache=True, **fewer).past_key_values
-        return cache if hasattr(cache, "batch_repeat_interleave") else None
-
-    def _run_rows(
-        self, rows: list[list[int]], cache: DynamicCache | None, shared: int
-    ) -> torch.Tensor:
-        """Logits `[B, T, V]` of rows padded on the right, after the shared prefix."""
-        import copy
-
-        import torch
-
         width = _width(rows)
+        lengths = [past_length(past) for past in pasts]
+        before = max(lengths)
+        named: dict[str, Any] = {}
+        known = inspect.signature(self._inner.forward).parameters
         device = self._inner.device
-        padded = [ids + [self._pad] * (width - len(ids)) for ids in rows]
-        mask = [[1] * (shared + len(ids)) + [0] * (width - len(ids)) for ids in rows]
-        if cache is not None:
-            cache = copy.deepcopy(cache)
-            cache.batch_repeat_interleave(len(rows))
+        if "logits_to_keep" in known:
+            named["logits_to_keep"] = keep
+        if before:
+            named["past_key_values"] = join(pasts)
+        if before and "position_ids" in known:
+            # Padding repeats the last position: one more could lie beyond the context.
+            named["position_ids"] = torch.tensor(
+                [
+                    [length + min(k, len(ids) - 1) for k in range(width)]
+                    for ids, length in zip(rows, lengths, strict=True)
+                ],
+                device=device,
+            )
+        mask = [
+            [0] * (before - length) + [1] * (length + len(ids)) + [0] * (width - len(ids))
+            for ids, length in zip(rows, lengths, strict=True)
+        ]
         return self.model(
-            input_ids=torch.tensor(padded, device=device),
+            input_ids=torch.tensor(
+                [ids + [self._pad] * (width - len(ids)) for ids in rows], device=device
+            ),
             attention_mask=torch.tensor(mask, device=device),
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).logits
+            use_cache=cache or before > 0,
+            **named,
+        )
 
 
 class _Chooser:
