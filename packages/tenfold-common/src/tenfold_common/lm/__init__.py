@@ -64,6 +64,8 @@ def load_text_model(
     device: str | torch.device = "auto",
     dtype: str = "auto",
     engine: Mapping[str, object] | None = None,
+    template_options: Mapping[str, object] | None = None,
+    trust_remote_code: bool = False,
 ) -> TransformersModel | VLLMModel | ServerModel:
     """Make a model from what a command line was given.
 
@@ -79,6 +81,9 @@ def load_text_model(
         device: With transformers, see `resolve_device`.
         dtype: With transformers and vLLM, the name of a floating-point type.
         engine: With vLLM, further arguments of `vllm.LLM`.
+        template_options: With transformers and vLLM, variables for the chat template, such as
+            `{"enable_thinking": False}`.
+        trust_remote_code: With transformers and vLLM, run Python code that comes with the model.
 
     Returns:
         The model.
@@ -103,23 +108,38 @@ def load_text_model(
         "device": str(device) != "auto",
         "dtype": dtype != "auto",
         "engine": engine is not None,
+        "template_options": template_options is not None,
+        "trust_remote_code": trust_remote_code,
     }
+    local = ("template_options", "trust_remote_code")
     takes = {
-        "transformers": ("device", "dtype"),
-        "vllm": ("dtype", "engine"),
+        "transformers": ("device", "dtype", *local),
+        "vllm": ("dtype", "engine", *local),
         "server": ("model", "api_key_env"),
     }[chosen]
     for name, is_given in given.items():
         if is_given and name not in takes:
-            raise UserError(f"backend {chosen!r} takes no {name}; it takes {' and '.join(takes)}")
+            raise UserError(f"backend {chosen!r} takes no {name}; it takes {', '.join(takes)}")
     if chosen == "transformers":
         from tenfold_common.lm.transformers_model import TransformersModel
 
-        return TransformersModel(spec, device=device, dtype=dtype)
+        return TransformersModel(
+            spec,
+            device=device,
+            dtype=dtype,
+            template_options=template_options,
+            trust_remote_code=trust_remote_code,
+        )
     if chosen == "vllm":
         from tenfold_common.lm.vllm_model import VLLMModel
 
-        return VLLMModel(spec, dtype=dtype, engine=engine)
+        return VLLMModel(
+            spec,
+            dtype=dtype,
+            engine=engine,
+            template_options=template_options,
+            trust_remote_code=trust_remote_code,
+        )
     from tenfold_common.lm.server import ServerModel
 
     base, _, named = str(spec).partition("#")
