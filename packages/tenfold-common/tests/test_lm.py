@@ -53,6 +53,60 @@ def plain_logprobs(model, ids, first):
     return [rows[k - 1, ids[k]].item() for k in range(first, len(ids))]
 
 
+START = "The same start for all, "
+PREFIXES = [START + "then", START, START + "then something that goes on", START + "but", "T", START]
+TEXTS = [["a", "bcd"], ["x" * 33, "no"], ["q"], [], ["hello"], ["no", "wörld", "y"]]
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1}
+    config = GPT2Config(vocab_size=259, eos_token_id=2, initializer_range=0.2, **sizes)
+    return GPT2LMHeadModel(config).eval()
+
+
+def with_states():
+    """Layers of attention and layers whose cache is no keys and values."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        **{"vocab_size": 259, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "full_attn_idxs": [1]},
+        **{"initializer_range": 0.2, "eos_token_id": 2},
+    )
+    return Lfm2ForCausalLM(config).eval()
+
+
+NETWORKS = {
+    "llama": tiny_llama(259, initializer_range=0.2),
+    "qwen": tiny_qwen(259, initializer_range=0.2),
+    "sliding": tiny_qwen(
+        **{"vocab_size": 259, "use_sliding_window": True, "sliding_window": 8},
+        **{"max_window_layers": 1, "initializer_range": 0.2},
+    ),
+    "learned positions": gpt2(),
+    "states": with_states(),
+}
+
+
+def watch(network, monkeypatch):
+    """The shapes of what a network is given and gives from now on, run by run."""
+    seen = []
+    plain = network.forward
+
+    def forward(*args, **named):
+        out = plain(*args, **named)
+        seen.append((tuple(named["input_ids"].shape), out.logits.shape[1]))
+        return out
+
+    forward.__signature__ = __import__("inspect").signature(plain)
+    monkeypatch.setattr(network, "forward", forward)
+    return seen
+
+
 # --- sampling -------------------------------------------------------------------------------------
 
 
@@ -179,6 +233,7 @@ def test_settings_of_the_model_are_left_aside_and_restored():
     model = TransformersModel(network, BYTES)
     assert model.sample(["ab"], max_tokens=20, temperature=0) == free
     model.score("ab", ["c"])
+    model.sample(["abc", "abd"], max_tokens=2, n=3)
     assert network.generation_config is config
     assert network.training
     assert not network.model.norm.training
@@ -188,12 +243,75 @@ def test_settings_of_the_model_are_left_aside_and_restored():
     assert network.training
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"n": 5, "max_tokens": 12, "temperature": 0.7},
+        {"n": 4, "max_tokens": 20, "top_p": 0.6, "stop": ["a", "<"]},
+        {"n": 2, "max_tokens": 100},  # up to the context, at another length for every prompt
+        {"n": 3, "max_tokens": 8, "temperature": 0},
+    ],
+    ids=["temperature", "top_p and stop", "context", "greedy"],
+)
+@pytest.mark.parametrize("name", ["llama", "qwen", "sliding", "learned positions", "states"])
+def test_shared_prompts_give_the_tokens_of_rows_run_one_by_one(
+    name, named, batch_size, monkeypatch
+):
+    prompts = [*PREFIXES, "and one of its own", "T"]
+    alone = TransformersModel(NETWORKS[name], BYTES, batch_size=1, context=64)
+    monkeypatch.setattr(alone, "_shared_prompts", lambda prompts: None)
+    model = TransformersModel(NETWORKS[name], BYTES, batch_size=batch_size, context=64)
+    for some in (prompts, prompts[:3]):
+        assert model.sample(some, seed=3, **named) == alone.sample(some, seed=3, **named)
+
+
+def test_a_prompt_is_run_once_for_all_its_samples(monkeypatch):
+    network = NETWORKS["llama"]
+    seen = watch(network, monkeypatch)
+    model = TransformersModel(network, BYTES, batch_size=4)
+    monkeypatch.setattr(model, "_ends", frozenset())
+    model.sample(["p" * 50], n=10, max_tokens=2)
+    step = ((4, 1), 1)
+    assert seen == [((1, 49), 1), step, step, step, step, ((2, 1), 1), ((2, 1), 1)]
+    seen.clear()
+    prompts = ["p" * 50 + rest for rest in ("ab", "cdefg", "ab")]
+    model.sample(prompts, n=2, max_tokens=1)  # two of the prompts are equal
+    assert seen == [((1, 50), 1), ((1, 4), 1), ((1, 1), 1), step, ((2, 1), 1)] or seen == [
+        ((1, 50), 1),
+        ((2, 4), 1),
+        step,
+        ((2, 1), 1),
+    ]
+    seen.clear()
+    model.sample(["abcd", "xyz"], max_tokens=1)  # nothing to share
+    assert seen == [((2, 4), 1)]
+    model.sample(["a", "b"], n=2, max_tokens=1)  # nothing before the last token
+    assert seen[1:] == [((4, 1), 1)]
+
+
+def test_what_was_run_before_is_forgotten_when_the_weights_change():
+    network = tiny_llama(259, initializer_range=0.2)
+    other = tiny_llama(259, initializer_range=0.2, seed=1)
+    model = TransformersModel(network, BYTES)
+    named = {"n": 4, "max_tokens": 8}
+    before = model.sample(["hello"], **named), model.score("hello", ["a", "b"])
+    network.load_state_dict(other.state_dict())
+    after = model.sample(["hello"], **named), model.score("hello", ["a", "b"])
+    fresh = TransformersModel(other, BYTES)
+    assert after == (fresh.sample(["hello"], **named), fresh.score("hello", ["a", "b"]))
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+
+
 def test_dropout_is_off_during_a_call():
     network = tiny_llama(259, attention_dropout=0.5)
     model = TransformersModel(network, BYTES)
     calm = model.score("ab", ["cde"])
+    shared = model.sample(["abc"], n=4, max_tokens=5)
     network.train()
     assert model.score("ab", ["cde"]) == calm
+    assert model.sample(["abc"], n=4, max_tokens=5) == shared
 
 
 def test_the_context_is_respected(model):
@@ -379,6 +497,94 @@ def test_a_model_without_a_cache_is_scored_by_whole_forwards(monkeypatch):
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
+def whole_forwards(network, prefixes, texts):
+    return [
+        [plain_logprobs(network, BYTES(prefix + text)["input_ids"], len(prefix)) for text in row]
+        for prefix, row in zip(prefixes, texts, strict=True)
+    ]
+
+
+def same_scores(found, wanted):
+    for scores, rows in zip(found, wanted, strict=True):
+        for score, row in zip(scores, rows, strict=True):
+            assert score.logprobs == pytest.approx(row, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_scores_of_many_prefixes_equal_whole_forwards(name, batch_size):
+    network = NETWORKS[name]
+    model = TransformersModel(network, BYTES, batch_size=batch_size)
+    same_scores(model.score_many(PREFIXES, TEXTS), whole_forwards(network, PREFIXES, TEXTS))
+    other = ["Z then", *PREFIXES]  # nothing is common to all
+    texts = [["w", "vu"], *TEXTS]
+    same_scores(model.score_many(other, texts), whole_forwards(network, other, texts))
+
+
+def test_nothing_is_scored_of_nothing(model):
+    assert model.score_many([], []) == []
+    assert model.score_many(["a", "b"], [[], []]) == [[], []]
+
+
+def test_what_prefixes_share_is_run_once_and_logits_are_of_the_continuations(monkeypatch):
+    network = NETWORKS["llama"]
+    seen = watch(network, monkeypatch)
+    prefixes = ["p" * 50 + rest for rest in ("ab", "cdefg", "h", "ab")]
+    model = TransformersModel(network, BYTES, batch_size=4)
+    model.score_many(prefixes, [["1", "22"], ["1", "22"], ["333"], ["4"]])
+    # The rests but for the last token: a, cdef and none; then 6 texts, 4 at a time.
+    assert seen == [((1, 50), 1), ((2, 4), 1), ((4, 3), 3), ((2, 1), 1)]
+    seen.clear()
+    model.score_many(["ab" * 20, "xy"], [["1", "2"], ["3"]])
+    assert seen == [((1, 1), 1), ((2, 39), 1), ((3, 1), 1)]  # nothing common: one token as a probe
+
+
+def test_without_a_cache_to_share_the_head_is_still_for_the_continuations_only(monkeypatch):
+    network = NETWORKS["states"]
+    seen = watch(network, monkeypatch)
+    TransformersModel(network, BYTES).score_many(["p" * 50, "p" * 48], [["abc"], ["de"]])
+    assert seen == [((1, 47), 1), ((2, 52), 5)]
+
+
+def test_a_cache_with_more_than_the_tokens_is_not_shared(monkeypatch):
+    network = NETWORKS["llama"]
+    wanted = whole_forwards(network, PREFIXES, TEXTS)
+    plain = network.forward
+
+    def forward(**named):  # as a PEFT model with learned tokens before the first
+        out = plain(**named)
+        if out.past_key_values is not None:
+            for layer in out.past_key_values.layers:
+                layer.keys = torch.cat([layer.keys[..., :1, :], layer.keys], -2)
+                layer.values = torch.cat([layer.values[..., :1, :], layer.values], -2)
+        return out
+
+    monkeypatch.setattr(network, "forward", forward)
+    same_scores(TransformersModel(network, BYTES).score_many(PREFIXES, TEXTS), wanted)
+
+
+def test_tokens_across_the_boundary_are_scored_whole_among_many(merging_tokenizer):
+    network = tiny_llama(len(merging_tokenizer), initializer_range=0.2)
+    model = TransformersModel(network, merging_tokenizer)
+    prefixes = ["the hel", "the", "the quick brown", "the hello wor"]
+    texts = [["lo world", "p"], [" fox", " hello"], [" fox"], ["ld", "k"]]
+    found = model.score_many(prefixes, texts)
+    for prefix, row, scores in zip(prefixes, texts, found, strict=True):
+        alone = merging_tokenizer(prefix)["input_ids"]
+        for text, score in zip(row, scores, strict=True):
+            ids = merging_tokenizer(prefix + text)["input_ids"]
+            first = next(k for k, token in enumerate(ids) if alone[k : k + 1] != [token])
+            assert score.logprobs == pytest.approx(plain_logprobs(network, ids, first), abs=1e-5)
+            assert score.offsets[-1][1] == len(text)
+
+
+def test_padding_never_lies_beyond_the_context():
+    network = NETWORKS["learned positions"]  # 64 of them; one more would be an index error
+    model = TransformersModel(network, BYTES)
+    prefixes, texts = ["p" * 60, "p" * 10], [["abcd"], ["x" * 54]]
+    same_scores(model.score_many(prefixes, texts), whole_forwards(network, prefixes, texts))
+
+
 def test_scores_that_cannot_be_are_refused(model):
     with pytest.raises(UserError, match=r"continuations\[1\] must be a text that is not empty"):
         model.score("a", ["b", ""])
@@ -470,9 +676,11 @@ def test_a_missing_vllm_is_explained(tmp_path, monkeypatch):
         ("m", {"backend": "server"}, "needs the http:// or https:// address"),
         ("http://h", {"backend": "vllm"}, "needs a folder or name"),
         ("m", {"model": "x"}, "backend 'transformers' takes no model"),
-        ("m", {"engine": {}}, "takes no engine; it takes device and dtype"),
+        ("m", {"engine": {}}, "takes no engine; it takes device, dtype, "),
         ("http://h", {"device": "cpu"}, "backend 'server' takes no device"),
         ("http://h", {"dtype": "float32"}, "backend 'server' takes no dtype"),
+        ("http://h", {"template_options": {}}, "backend 'server' takes no template_options"),
+        ("http://h", {"trust_remote_code": True}, "takes no trust_remote_code"),
     ],
 )
 def test_load_refuses_what_does_not_go_together(spec, named, message):
