@@ -92,6 +92,7 @@ def play(
         raise UserError(f"there is nothing to play: {rounds} rounds on {len(scales)} scales")
     if (listener if role == "speak" else speaker) is None:
         raise UserError(f"role {role!r} needs a {'listener' if role == 'speak' else 'speaker'}")
+    targets = grid(step).tolist()
     random = Random(seed)
     score = Score()
     deck: list[Scale] = []
@@ -99,7 +100,7 @@ def play(
     try:
         for number in range(rounds):
             deck = deck or random.sample(list(scales), len(scales))
-            scale, target = deck.pop(), random.choice(grid(step).tolist())
+            scale, target = deck.pop(), random.choice(targets)
             say("")
             say(f"Round {number + 1}: {LOW} = {scale.left}, {HIGH} = {scale.right}")
             if role == "speak":
@@ -122,7 +123,7 @@ def play(
         say("")
     if score.rounds:
         say(
-            f"{score.points} of {4 * score.rounds} points in {score.rounds} rounds, "
+            f"{score.points} of {4 * score.rounds} points, rounds: {score.rounds}, "
             f"{score.error / score.rounds:.1f} off on average."
         )
     return score
