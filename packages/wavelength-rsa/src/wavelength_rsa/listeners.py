@@ -76,10 +76,10 @@ class Listener(ABC):
     def distribution(self, scale: Scale, clues: str, *, seed: int = 0) -> Distribution: ...
     @overload
     def distribution(
-        self, scale: Scale, clues: Sequence[str], *, seed: int = 0
+        self, scale: Scale, clues: list[str] | tuple[str, ...], *, seed: int = 0
     ) -> list[Distribution]: ...
     def distribution(
-        self, scale: Scale, clues: str | Sequence[str], *, seed: int = 0
+        self, scale: Scale, clues: str | list[str] | tuple[str, ...], *, seed: int = 0
     ) -> Distribution | list[Distribution]:
         """Return the distribution for one clue, or a list of them for several.
 
@@ -492,9 +492,9 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 
 def check_number(name: str, value: object, *, above: bool = False, infinite: bool = False) -> None:
     """Raise a UserError unless a value is a number >= 0 (`above`: > 0), finite or not."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    low = number and (value > 0 if above else value >= 0)  # false for NaN
-    if not low or (value == np.inf and not infinite):
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else np.nan
+    fits = number > 0 if above else number >= 0  # False for NaN
+    if not fits or (number == np.inf and not infinite):
         bound = "above 0" if above else "of at least 0"
         raise UserError(f"{name} must be a number {bound}, not {value!r}")
 
@@ -518,7 +518,7 @@ def check_question(question: Question) -> Question:
 
 def _end_of_turn(model: "TextModel") -> str:
     """Return what the model's chat template puts after a reply."""
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer: Any = getattr(model, "tokenizer", None)
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
             f"end='turn' needs the chat template of {model.name}, but there is none in this "

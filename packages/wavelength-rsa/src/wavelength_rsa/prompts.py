@@ -128,7 +128,7 @@ class WavelengthPrompts:
             UserError: the step does not divide 100.
         """
         positions = [] if step is None else [f"{t:g}" for t in grid(step)]
-        return self._prompt("listener", scale, cot, step or 1, clue=clue, positions=positions)
+        return self._prompt("listener", scale, cot, clue=clue, positions=positions, step=step or 1)
 
     def answer(self, position: int) -> str:
         """Return the text of an answer, such as `<answer>45</answer>`."""
@@ -144,7 +144,7 @@ class WavelengthPrompts:
         Raises:
             UserError: the target is not from 0 to 100.
         """
-        return self._prompt("speaker", scale, cot, 1, target=f"{check_position(target):g}")
+        return self._prompt("speaker", scale, cot, target=f"{check_position(target):g}")
 
     def read_clue(self, text: str, *, cot: bool = False) -> str | None:
         """Return the clue that a reply gives, or None; see `wavelength_rsa.parsing`."""
@@ -154,8 +154,8 @@ class WavelengthPrompts:
         # A base model does not end its reply but goes on with games of its own.
         return cot and self.style == "chat"
 
-    def _prompt(self, name: str, scale: Scale, cot: bool, step: int, **fields: object) -> "Prompt":
-        template = _templates(self.version, step).get_template(f"{name}.jinja")
+    def _prompt(self, name: str, scale: Scale, cot: bool, **fields: object) -> "Prompt":
+        template = _templates(self.version).get_template(f"{name}.jinja")
         text = template.render(
             left=scale.left, right=scale.right, cot=cot, style=self.style, **fields
         ).strip()
@@ -178,8 +178,8 @@ def prompts_for(model: "TextModel") -> WavelengthPrompts:
 
 
 @lru_cache
-def _templates(version: str, step: int) -> "Environment":
-    """Return a version's templates; `snap` moves a position to the nearest multiple of the step."""
+def _templates(version: str) -> "Environment":
+    """Return a version's templates; `snap` moves a position to the nearest multiple of a step."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     templates = Environment(
@@ -189,5 +189,5 @@ def _templates(version: str, step: int) -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters["snap"] = lambda position: step * int(position / step + 0.5)
+    templates.filters["snap"] = lambda position, step: step * int(position / step + 0.5)
     return templates

@@ -41,6 +41,7 @@ _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 # Longest first; one is taken off after the other while three letters remain.
 _SUFFIXES = ("ness", "less", "ment", "ful", "ous", "ing", "ish", "est", "ly", "er", "ed", "es",
              "al", "s", "i", "e")  # fmt: skip
+_LONGEST = 40  # letters; what is longer is no word, and would take long
 _NEGATIONS = ("non", "un", "in", "im", "dis")
 
 
@@ -183,6 +184,8 @@ def stem(word: str) -> str:
         ['eas', 'eas', 'eas', 'eas', 'hot', 'hot', 'dri']
     """
     word = re.sub(r"['’]s?$", "", word)
+    if len(word) > _LONGEST:
+        return word
     while True:
         suffix = next((s for s in _SUFFIXES if _ends_with(word, s)), None)
         if suffix is not None:
