@@ -335,6 +335,7 @@ class SamplingListener(Listener):
         self.step, self.num_samples, self.cot = step, num_samples, cot
         self.temperature, self.smoothing = temperature, smoothing
         self.max_tokens = tokens_for(cot) if max_tokens is None else max_tokens
+        check_count("max_tokens", self.max_tokens)
         self.max_retries = max_retries
         self.last_stats: dict[str, int] = {}
         self.name = f"{model.name} ({'reasoning samples' if cot else 'samples'})"

@@ -193,6 +193,7 @@ class SamplingSpeaker(Speaker):
         self.prompts = prompts if prompts is not None else prompts_for(model)
         self.num_candidates, self.cot, self.temperature = num_candidates, cot, temperature
         self.max_tokens = tokens_for(cot) if max_tokens is None else max_tokens
+        check_count("max_tokens", self.max_tokens)
         self.rules, self.on_violation, self.max_retries = rules, on_violation, max_retries
         self.name = f"{model.name} ({'reasoning' if cot else 'direct'})"
 
