@@ -401,12 +401,12 @@ def _keep(real: "Tensor", logs: "Tensor", padding: float = -math.inf) -> "Tensor
 
 
 def _number(alpha: "float | Tensor") -> float:
-    return alpha if isinstance(alpha, int | float) else float(alpha.detach())
+    return float(alpha if isinstance(alpha, int | float | np.number) else alpha.detach())
 
 
 def _check_alpha(alpha: "float | Tensor") -> None:
-    single = not isinstance(alpha, bool | str) and np.ndim(alpha) == 0
-    if not single or not _number(alpha) >= 0:
+    number = isinstance(alpha, int | float | np.number) and not isinstance(alpha, bool)
+    if not (number or getattr(alpha, "shape", None) == ()) or not _number(alpha) >= 0:
         raise UserError(f"alpha must be one number of at least 0, inf included, not {alpha!r}")
 
 
@@ -807,7 +807,7 @@ def _padded_games(
             )
     sizes = np.array([len(logs) for logs in games])
     for name in ("cost", "utterance_prior"):
-        if np.ndim(getattr(rsa, name) or 0) == 1 and len(set(sizes.tolist())) > 1:
+        if np.ndim(getattr(rsa, name)) == 1 and len(set(sizes.tolist())) > 1:
             raise UserError(
                 f"{name} is one list, but the games have {sizes.min()} to {sizes.max()} "
                 "utterances; give [N, m] padded to the largest m"
