@@ -298,9 +298,9 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
 
 
 def test_items_of_one_scale_are_one_cluster():
-    scales = [HOT, Scale("Slow", "Fast"), HOT, Scale("Hot", "Cold")]
+    scales = [HOT, Scale("Slow", "Fast"), HOT, Scale("Hot", "Cold"), Scale("Cold", "Warm")]
     found = clusters([Item(s, "tea", 50) for s in scales])
-    assert found.tolist() == [0, 1, 0, 2]
+    assert found.tolist() == [0, 1, 0, 2, 3]
     assert found.dtype == np.int64
     assert clusters([]).tolist() == []
 

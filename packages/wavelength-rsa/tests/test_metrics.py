@@ -176,7 +176,7 @@ def test_pair_order_equals_counting_by_hand(seed):
 
 def test_pair_order_of_a_listener_that_always_says_the_same_is_a_half():
     means = np.array([50, 50 + 1e-14, 50 - 1e-14, 50])
-    assert metrics.pair_order_accuracy(means, [10, 20, 30, 20], [0, 0, 1, 1]) == 0.5
+    assert metrics.pair_order_accuracy(means, [10, 20, 20, 30], [0, 0, 1, 1]) == 0.5
     assert metrics.pair_order_accuracy([10, 20, 20, 10], [10, 20, 30, 20], [7, 7, 3, 3]) == 1
     assert metrics.pair_order_accuracy([20, 10, 20, 10], [10, 20, 30, 20], [7, 7, 3, 3]) == 0.5
     assert math.isnan(metrics.pair_order_accuracy([1, 2], [3, 4], [0, 1]))
