@@ -4,7 +4,7 @@ Nothing but the standard library is imported until a verb runs, so that help is 
 """
 
 import argparse
-import json
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -334,11 +334,52 @@ def _human(arguments: argparse.Namespace) -> int:
 
     items = load_items(arguments.data)
     found = human_baseline(items, seed=arguments.seed)
-    print(json.dumps(found, indent=1, default=str) if arguments.verbose else _baseline_text(found))
     pragmatic = human_rsa(items, splits=arguments.splits, seed=arguments.seed)
-    print(_human_rsa_text(pragmatic))
+    print(_baseline_text(found))
+    print(_pragmatic_text(pragmatic))
     _write(arguments, {"baseline": found, "rsa": pragmatic})
     return 0
+
+
+def _baseline_text(found: dict[str, Any]) -> str:
+    columns = ("mean_error", "rmse", "expected_distance", "crps", "pearson")
+    lines = [
+        f"{found['items']} items on {found['clusters']} concept pairs, {found['responses']} "
+        "responses; intervals resample pairs",
+        f"{'':24}" + "".join(f"{name:>20}" for name in columns),
+    ]
+    for name, row in found["rows"].items():
+        cells = [_cell(row.get(column)) for column in columns]
+        lines.append(f"{name.replace('_', ' '):24}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(value: dict[str, float | None] | None) -> str:
+    if value is None or value["value"] is None:
+        return ""
+    if value["low"] is None:
+        return f"{value['value']:.2f}"
+    return f"{value['value']:.2f} ({value['low']:.2f}, {value['high']:.2f})"
+
+
+def _pragmatic_text(found: dict[str, Any]) -> str:
+    """Say what reasoning about the speaker does to a listener made of people."""
+    literal = found["literal"]["mean_error"]["value"]
+    lines = [
+        "",
+        f"RSA listening on half of the responses: literal mean_error {literal:.2f}",
+        "alpha    mean_error    L1 - L0 (95 % interval)",
+    ]
+    for row in found["pragmatic"]:
+        change = row["difference"]["mean_error"]
+        clear = "not clear" if change["low"] <= 0 <= change["high"] else (
+            "helps" if change["high"] < 0 else "hurts"
+        )  # fmt: skip
+        lines.append(
+            f"{row['alpha']:5g}  {row['mean_error']['value']:12.2f}    {change['value']:+.2f} "
+            f"({change['low']:+.2f}, {change['high']:+.2f})  {clear}"
+        )
+    return "\n".join(lines)
 
 
 def _fit(arguments: argparse.Namespace) -> int:
@@ -356,8 +397,19 @@ def _fit(arguments: argparse.Namespace) -> int:
             items, listener=listener, step=arguments.step, folds=arguments.folds,
             seed=arguments.seed,
         )  # fmt: skip
-    print(found)
-    _write(arguments, found.to_dict())
+    count = sum(len(item.responses or ()) for item in items)
+    print(
+        f"alpha {found.alpha:.3f} ({found.low:.3f} to {found.high:.3f})"
+        + (", at the end of the grid" if found.at_bound else "")
+    )
+    print(f"{'nats a response':20} {'fitted':>10} {'literal':>10}")
+    for name, ours, base in (
+        ("all responses", found.log_likelihood, found.baseline_log_likelihood),
+        ("held out", found.cv_log_likelihood, found.cv_baseline),
+    ):
+        used = count if arguments.model else count // 2
+        print(f"{name:20} {ours / used:10.4f} {base / used:10.4f}")
+    _write(arguments, dataclasses.asdict(found))
     return 0
 
 

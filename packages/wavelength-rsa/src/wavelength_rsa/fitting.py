@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tenfold_common.errors import UserError
-from wavelength_rsa.data import Item, clusters
+from wavelength_rsa.data import Item, clusters, random_halves
 from wavelength_rsa.rsa import FitResult, fit_rsa
-from wavelength_rsa.scales import Distribution, grid, project
+from wavelength_rsa.scales import project
 
 if TYPE_CHECKING:
     from wavelength_rsa.listeners import Listener
@@ -46,28 +46,20 @@ def fit_games(
             f"alpha is fitted to human responses, of which {len(missing) or 'all'} items have fewer "
             f"than two (first: {missing[0] if missing else 'there is no item'})"
         )
-    step = step if listener is None else listener.step
-    random = np.random.default_rng(seed)
-    counts, literal = [], []
-    for item in items:
-        responses = random.permutation(np.array(item.responses))
-        half = len(responses) // 2 if listener is None else len(responses)
-        counts.append(project(responses[-half:], step))
-        if listener is None:
-            smoothing = 0.5 / len(grid(step))
-            literal.append(
-                Distribution.from_samples(responses[:-half], step, smoothing=smoothing).probs
-            )
-    if listener is not None:
-        questions = [(item.scale, item.clue) for item in items]
-        literal = list(listener.listen(questions, seed=seed))
+    if listener is None:
+        [first], [counts] = random_halves(items, 1, seed, step)
+        literal = first + 0.5 / first.shape[-1]
+        literal /= literal.sum(-1, keepdims=True)
+    else:
+        counts = np.stack([project(item.responses or (), listener.step) for item in items])
+        literal = listener.listen([(item.scale, item.clue) for item in items], seed=seed)
     groups = clusters(items)
     games, heard = [], []
     with np.errstate(divide="ignore"):  # an impossible position is -inf
-        logs = np.log(np.stack(literal))
+        logs = np.log(literal)
     for k in range(len(items)):
         members = np.flatnonzero(groups == groups[k])
         first = {items[i].clue: i for i in reversed(members)}  # a clue given twice is one utterance
         games.append(logs[sorted(first.values())])
         heard.append(sorted(first.values()).index(first[items[k].clue]))
-    return fit_rsa(games, heard, counts, groups.tolist(), folds=folds, seed=seed)
+    return fit_rsa(games, heard, list(counts), groups.tolist(), folds=folds, seed=seed)
