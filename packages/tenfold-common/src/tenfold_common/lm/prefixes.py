@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from tenfold_common.lm.tokens import common_length
@@ -83,31 +84,28 @@ def join(pasts: Sequence[DynamicCache | None]) -> DynamicCache | None:
 
     Pasts that are not one and the same must be of the kind `"padded"`, see `Prefixes`.
     """
+    import torch
     from torch.nn.functional import pad
 
-    distinct = list({id(past): past for past in pasts}.values())
-    some = next((past for past in distinct if past is not None), None)
+    some = next((past for past in pasts if past is not None), None)
     if some is None:
         return None
     if _kind(some, past_length(some)) == "alone":
         cache = copy.deepcopy(some)
         cache.batch_repeat_interleave(len(pasts))
         return cache
-    width = max(map(past_length, distinct))
-    number = {id(past): k for k, past in enumerate(distinct)}
-    rows = [number[id(past)] for past in pasts]
+    width = max(map(past_length, pasts))
+    runs = [list(run) for _, run in groupby(pasts, key=id)]  # neighbours are copied only once
 
     def joined(layer: int, name: str) -> torch.Tensor:
-        import torch
-
         like = getattr(some.layers[layer], name)
-        if len(distinct) == 1:  # no copy yet: the run makes one as it adds its tokens
-            return like.expand(len(pasts), *like.shape[1:])
-        found = [
-            like[..., :0, :] if past is None else getattr(past.layers[layer], name)
-            for past in distinct
-        ]
-        return torch.cat([pad(one, (0, 0, width - one.shape[-2], 0)) for one in found])[rows]
+        parts = []
+        for run in runs:
+            past = run[0]
+            found = like[..., :0, :] if past is None else getattr(past.layers[layer], name)
+            found = pad(found, (0, 0, width - found.shape[-2], 0))
+            parts.append(found.expand(len(run), *found.shape[1:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return _like(some, joined)
 

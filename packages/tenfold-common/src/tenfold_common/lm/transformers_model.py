@@ -191,7 +191,7 @@ class TransformersModel:
         """Scores of continuations, named by prefix and number, after what was run of the prefix."""
         known = {i: past_length(past) for i, past in pasts.items()}
         tails = sorted(tails, key=lambda row: known[row[0]] - len(items[row[0]][row[1]].ids))
-        for batch in _batches(tails, self.batch_size):
+        for batch in map(sorted, _batches(tails, self.batch_size)):  # each prefix's side by side
             joints = [items[i][k] for i, k in batch]
             rows = [joint.ids[known[i] : -1] for (i, _), joint in zip(batch, joints, strict=True)]
             width = _width(rows)
