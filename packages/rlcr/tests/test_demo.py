@@ -81,6 +81,11 @@ def test_claims_about_alarms_can_fail():
     runs, alarms = made_up(2)
     alarms[1]["hedging"] = ["truncated"]
     assert failed(runs, alarms) == {"hedging alarm"}
+    runs[1]["hedging"]["mean_q"] = 0.6  # it does not hedge, so there is nothing to notice
+    assert failed(runs, alarms) == set()
+    assert "hedged in 1 of 2 seeds" in "\n".join(demo._notes(runs, alarms))
+    alarms[0]["rlcr"] = ["truncated"]
+    assert failed(runs, alarms) == set()
     runs, alarms = made_up(2)
     alarms[0]["rlcr"] = ["confidence_collapse"]
     assert failed(runs, alarms) == {"no false alarm"}
@@ -117,7 +122,8 @@ def test_notes_state_what_went_wrong(monkeypatch):
     alarms[1]["log_unscaled"] = ["hedging_collapse", "truncated"]
     notes = "\n".join(demo._notes(runs, alarms))
     assert "Seed 1 of the run, RLCR, log rule unscaled: hedging_collapse, truncated." in notes
-    assert "Seed 0" not in notes
+    assert "Seed 0 of the run, RLCR, warm-up too short: hedging_collapse." in notes
+    assert "Seed 0 of the run, RLCR, log" not in notes
     assert "anything about language" in notes
     assert "The hedging arm ends with accuracy 0.100 and Brier score 0.089" in notes
     assert "matplotlib" not in notes

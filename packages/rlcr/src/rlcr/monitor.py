@@ -139,8 +139,9 @@ class Monitor:
                 raised,
                 "truncated",
                 step,
-                f"{cut:.0%} of the completions were cut off at max_completion_length; they earn "
-                "nothing. Raise max_completion_length or shorten the reasoning asked for.",
+                f"{cut:.0%} of the completions reached max_completion_length without an end token; "
+                "one that is cut off before its last tag earns nothing. Raise "
+                "max_completion_length or shorten the reasoning asked for.",
             )
         return raised
 
