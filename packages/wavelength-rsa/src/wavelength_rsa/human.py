@@ -114,8 +114,8 @@ def _alternatives(
     games = []
     for number, item in enumerate(items):
         considered = {_form(item.clue): number}
-        for member in np.flatnonzero(groups == groups[number]):
-            considered.setdefault(_form(items[member].clue), int(member))
+        for member in np.flatnonzero(groups == groups[number]).tolist():
+            considered.setdefault(_form(items[member].clue), member)
         games.append(list(considered.values()))
     width = max(map(len, games))
     padded = np.array([game + game[:1] * (width - len(game)) for game in games])

@@ -4,7 +4,6 @@ import operator
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, Self, SupportsIndex
 
 import numpy as np
@@ -154,8 +153,10 @@ def project(values: ArrayLike, step: SupportsIndex = 5) -> Floats:
     last = HIGH // step
     left = np.minimum(np.floor(x / step), last - 1).astype(np.int64)
     share = x / step - left
-    count = partial(np.bincount, minlength=last + 1)
-    return count(left, weights=1 - share) + count(left + 1, weights=share)
+    counts = np.zeros(last + 1)
+    np.add.at(counts, left, 1 - share)
+    np.add.at(counts, left + 1, share)
+    return counts
 
 
 @dataclass(frozen=True, eq=False)
