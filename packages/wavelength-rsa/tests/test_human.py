@@ -1,5 +1,6 @@
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def values(row):
 
 @pytest.mark.parametrize("smoothing", [None, 0.3])
 def test_equal_the_equations_followed_one_by_one(smoothing):
-    found = human_rsa(
+    found: Any = human_rsa(
         ITEMS, alphas=(0.5, 1, 4), splits=3, seed=5, smoothing=smoothing, resamples=10
     )
     eps = 0.5 / 21 if smoothing is None else smoothing
