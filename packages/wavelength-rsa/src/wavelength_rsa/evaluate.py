@@ -148,10 +148,10 @@ def evaluate_listener(
         "pair_order_accuracy": pair_order_accuracy(means, targets, groups),
     }
     references = {"always 50": float(np.abs(50.0 - targets).mean())}
-    names = list(LISTENER_METRICS)
+    names: list[str] = list(LISTENER_METRICS)
     if all(item.responses for item in items):
         human = np.stack([item.human(listener.step).probs for item in items])
-        human_means = np.array([np.mean(item.responses or ()) for item in items])
+        human_means = np.array([np.mean(item.responses or ()) for item in items], dtype=np.float64)
         values |= human_metrics(probs, positions, human)
         names += HUMAN_METRICS
         scalars |= _correlated("human mean", means, human_means)
