@@ -213,7 +213,7 @@ class TestTraining:
                 for clue, count in zip(found.clues, found.counts, strict=True)
                 if clue in self.small.clues[SCALES.index(scale)]
             ]
-            assert sum(own) > 0.95 * 20 * len(tasks)
+            assert sum(own) > 0.85 * 20 * len(tasks)
 
     def test_reproducible(self):
         a, b, c = (self.small.train(seed, steps=3, lines=500) for seed in (0, 0, 1))
