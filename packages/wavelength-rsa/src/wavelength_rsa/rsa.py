@@ -182,15 +182,15 @@ class RSA:
     ) -> list[Level[Either]]:
         """Return all levels from L0 to S_depth and L_depth; see `log_speaker` for arguments."""
         names = ["L0", *(f"{who}{d}" for d in range(1, self.depth + 1) for who in "SL")]
-        levels = islice(_levels(_game(self, log_l0, mask), self.alpha), len(names))
-        return [
-            Level(name, _like(log_l0, level)) for name, level in zip(names, levels, strict=True)
-        ]
+        game = _game(self, log_l0, mask)
+        levels = zip(names, _levels(game, self.alpha), strict=False)
+        return [Level(name, _like(log_l0, game.show(level))) for name, level in levels]
 
     def _level(
         self, index: int, log_l0: Either, mask: "ArrayLike | Tensor | None", keep_null: bool
     ) -> Either:
-        level = next(islice(_levels(_game(self, log_l0, mask), self.alpha), index, None))
+        game = _game(self, log_l0, mask)
+        level = game.show(_level(game, self.alpha, index))
         return _like(log_l0, level if keep_null or self.null is None else level[..., :-1, :])
 
 
@@ -254,13 +254,21 @@ def production(
 
 @dataclass(frozen=True, eq=False)
 class _Game:
-    """Checked inputs: m utterances, the null one included, and n states; float64."""
+    """Checked inputs: m utterances, the null one included, and n states; float64.
+
+    A padded utterance means every state alike and is never said. What a listener makes of it is
+    finite, so that no gradient is NaN, and hidden by `show`.
+    """
 
     log_l0: "Tensor"  # [..., m, n]
     weight: "Tensor"  # [..., m, 1], lam log P(u) - cost(u); -inf: never said
     log_prior: "Tensor"  # [..., 1, n], log P(t)
     real: "Tensor | None"  # [..., m, 1], False for padding; None: all real
     distance: "Tensor | None"  # [n, n], |t' - t| / tau
+
+    def show(self, level: "Tensor") -> "Tensor":
+        """Return a level with padded rows of -inf."""
+        return level if self.real is None else _fill(level, self.real, -math.inf)
 
 
 def _levels(game: _Game, alpha: "float | Tensor") -> "Iterator[Tensor]":
@@ -271,9 +279,13 @@ def _levels(game: _Game, alpha: "float | Tensor") -> "Iterator[Tensor]":
         measured = game.distance is not None
         utility = -(listener.exp() @ game.distance) if measured else listener
         speaker, pull, total = _speak(utility, game.weight, alpha)
-        _check_reachable(total, game, depth)
+        _check_reachable(total, depth)
         yield speaker
-        listener = _listen(pull, total, game, infinite=_number(alpha) == math.inf)
+        listener = _listen(pull, total, game.log_prior, infinite=_number(alpha) == math.inf)
+
+
+def _level(game: _Game, alpha: "float | Tensor", index: int) -> "Tensor":
+    return next(islice(_levels(game, alpha), index, None))
 
 
 def _speak(
@@ -299,7 +311,7 @@ def _speak(
     return logits - total, pull, total
 
 
-def _listen(pull: "Tensor", total: "Tensor", game: _Game, infinite: bool) -> "Tensor":
+def _listen(pull: "Tensor", total: "Tensor", log_prior: "Tensor", infinite: bool) -> "Tensor":
     """Return log L(t|u) = log of S(u|t) P(t), normalised over states.
 
     The weight of u is the same for all states and cancels, so it is left out: an utterance that is
@@ -307,17 +319,15 @@ def _listen(pull: "Tensor", total: "Tensor", game: _Game, infinite: bool) -> "Te
     """
     import torch
 
-    evidence = game.log_prior - total
+    evidence = log_prior - total
     if infinite:
-        pull = torch.where(game.log_prior.isneginf(), -math.inf, pull)
+        pull = torch.where(log_prior.isneginf(), -math.inf, pull)
         nearest = pull >= pull.amax(-1, keepdim=True) - TIE_TOLERANCE
         evidence = torch.where(nearest & ~pull.isneginf(), evidence, -math.inf)
     else:
         evidence = evidence + pull
-    _check_understood(evidence, game)
-    if game.real is None:
-        return evidence.log_softmax(-1)
-    return _keep(game.real, _keep(game.real, evidence, 0.0).log_softmax(-1))
+    _check_understood(evidence)
+    return evidence.log_softmax(-1)
 
 
 def _times(factor: "float | Tensor", logs: "Tensor") -> "Tensor":
@@ -348,10 +358,8 @@ def _game(rsa: RSA, log_l0: "Array | Tensor", mask: "ArrayLike | Tensor | None")
     *batch, m, n = logs.shape
     real = _mask(mask, torch.Size([*batch, m]), logs.device)
     if mask is not None:
-        logs = _keep(real[..., None], logs, -math.log(n))
+        logs = _fill(logs, real[..., None], -math.log(n))
     _check_rows(logs)
-    if mask is not None:
-        logs = _keep(real[..., None], logs)
     null = rsa.null is not None
     weight = _weight(rsa.utterance_prior, rsa.prior_weight, rsa.cost, real, null, "utterance_prior")
     if null:
@@ -379,23 +387,26 @@ def _tensor(values: "ArrayLike | Tensor") -> "Tensor":
     if isinstance(values, torch.Tensor):
         return values.double()
     try:
-        numbers = np.array(values, dtype=np.float64)  # a copy: results share no memory with inputs
+        numbers = np.ascontiguousarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise UserError(f"expected numbers in a regular array, not {values!r}: {error}") from error
-    return torch.from_numpy(numbers)
+    return torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy())
 
 
 def _like(like: Either, result: "Tensor") -> Either:
     import torch
 
-    return cast(Either, result if isinstance(like, torch.Tensor) else result.detach().numpy())
+    if isinstance(like, torch.Tensor):
+        return cast(Either, result)
+    array = result.detach().numpy()
+    return cast(Either, array.copy() if np.may_share_memory(array, np.asarray(like)) else array)
 
 
 def _exp(logs: Either) -> Either:
     return cast(Either, np.exp(logs) if isinstance(logs, np.ndarray) else logs.exp())
 
 
-def _keep(real: "Tensor", logs: "Tensor", padding: float = -math.inf) -> "Tensor":
+def _fill(logs: "Tensor", real: "Tensor", padding: float) -> "Tensor":
     """Put `padding` into the rows that are not real."""
     return logs.where(real, logs.new_tensor(padding))
 
@@ -444,7 +455,7 @@ def _is_one(sums: "Tensor") -> "Tensor":
     return (sums - 1.0).abs() <= SUM_TOLERANCE
 
 
-def _check_reachable(total: "Tensor", game: _Game, depth: int) -> None:
+def _check_reachable(total: "Tensor", depth: int) -> None:
     if not total.isneginf().any():
         return
     *batch, _, state = total.isneginf().nonzero()[0].tolist()
@@ -460,10 +471,8 @@ def _check_reachable(total: "Tensor", game: _Game, depth: int) -> None:
     )
 
 
-def _check_understood(evidence: "Tensor", game: _Game) -> None:
-    never = evidence.isneginf().all(-1)
-    if game.real is not None:
-        never = never & game.real[..., 0]
+def _check_understood(evidence: "Tensor") -> None:
+    never = evidence.amax(-1).isneginf()
     if never.any():
         *batch, row = never.nonzero()[0].tolist()
         where = f"utterance {row}" + (f" of game {tuple(batch)}" if batch else "")
@@ -536,7 +545,7 @@ def _weight(
         weights = torch.cat([weights, mean], dim=-1)
         costs = torch.cat([costs, torch.zeros_like(mean)], dim=-1)
         real = torch.cat([real, torch.ones_like(mean, dtype=torch.bool)], dim=-1)
-    return _keep(real, _times(lam, weights.log()) - costs)[..., None]
+    return _fill(_times(lam, weights.log()) - costs, real, -math.inf)[..., None]
 
 
 def _distance(rsa: RSA, logs: "Tensor") -> "Tensor | None":
@@ -655,7 +664,7 @@ def fit_rsa(
         return (counts * torch.where(counts > 0, logs, 0.0)).sum(-1)  # [N]; 0 log 0 = 0
 
     def at(alpha: "float | Tensor") -> "Tensor":
-        return likelihoods(next(islice(_levels(game, alpha), 2 * rsa.depth, None)))
+        return likelihoods(_level(game, alpha, 2 * rsa.depth))
 
     literal = likelihoods(game.log_l0).numpy()
     curve = np.stack([at(float(alpha)).numpy() for alpha in grid])  # [A, N]
