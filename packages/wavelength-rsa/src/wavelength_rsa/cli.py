@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ MODES = ("logprob", "sample", "cot")
 BACKENDS = ("auto", "transformers", "vllm", "server")
 NORMALIZE = ("none", "token", "char", "pmi")
 UTILITIES = ("log_prob", "neg_expected_distance", "neg_w1")
+STEPS = (1, 2, 4, 5, 10, 20, 25, 50)  # as in scales.py, which would import numpy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,8 +50,6 @@ def _main(argv: list[str]) -> int:
         return 2
     arguments = parser.parse_args(argv)
     setup_logging(-1 if arguments.quiet else arguments.verbose, package="wavelength_rsa")
-    if getattr(arguments, "seed", 0) < 0:
-        raise UserError(f"seed is {arguments.seed}; it must not be negative")
     return arguments.verb_function(arguments)
 
 
@@ -86,9 +85,9 @@ def _parser() -> Parser:
         "--out", required=True, metavar="FILE",
         help="report, JSON; with --task both NAME-listener.json and NAME-speaker.json",
     )  # fmt: skip
-    evaluate.add_argument("--limit", type=int, metavar="N", help="only the first items")
+    evaluate.add_argument("--limit", type=_count(), metavar="N", help="only the first items")
     evaluate.add_argument("--overwrite", action="store_true", help="replace reports that are there")
-    evaluate.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap")
+    evaluate.add_argument("--resamples", type=_count(), default=10_000, help="of the bootstrap")
     _add_model(evaluate)
     _add_listening(evaluate)
     _add_speaking(evaluate)
@@ -97,19 +96,25 @@ def _parser() -> Parser:
     report = verb("report", _report, "show a report, or the paired difference of two")
     report.add_argument("file", metavar="FILE", help="as written by eval")
     report.add_argument("--compare", metavar="FILE", help="a second report on the same data")
-    report.add_argument("--seed", type=int, default=0, help="fixes the bootstrap (default 0)")
+    report.add_argument("--seed", type=_seed, default=0, help="fixes the bootstrap (default 0)")
 
     human = verb("human-baseline", _human, "what people and trivial players reach on the items")
     human.add_argument("--data", required=True, metavar="FILE")
     human.add_argument("--json", metavar="FILE", help="also write the figures here")
-    human.add_argument("--splits", type=int, default=20, help="random halves for the RSA table")
-    human.add_argument("--seed", type=int, default=0, help="fixes halves and bootstrap (default 0)")
+    human.add_argument(
+        "--splits", type=_count(), default=20, help="random halves for the RSA table"
+    )
+    human.add_argument(
+        "--seed", type=_seed, default=0, help="fixes halves and bootstrap (default 0)"
+    )
 
     fit = verb("fit-alpha", _fit, "fit the rationality of an RSA listener to human responses")
     fit.add_argument("--data", required=True, metavar="FILE", help="items with human responses")
     _add_model(fit, required=False)
     _add_listening(fit)
-    fit.add_argument("--folds", type=int, default=10, help="of the cross-validation (default 10)")
+    fit.add_argument(
+        "--folds", type=_count(2), default=10, help="of the cross-validation (default 10)"
+    )
     fit.add_argument("--json", metavar="FILE", help="also write the figures here")
 
     play = verb("play", _play, "play against a model in the terminal")
@@ -120,7 +125,7 @@ def _parser() -> Parser:
         "--role", default="speak", choices=("speak", "listen"),
         help="what you do: give clues, or guess (default speak)",
     )  # fmt: skip
-    play.add_argument("--rounds", type=int, default=5, help="(default 5)")
+    play.add_argument("--rounds", type=_count(), default=5, help="(default 5)")
     play.add_argument("--data", metavar="FILE", help="scales to play on (default: some of its own)")
 
     demo = verb("demo", _demo, "direct, step-by-step and pragmatic speakers in a world made here")
@@ -128,7 +133,7 @@ def _parser() -> Parser:
         "--out", default="out/demo/wavelength-rsa", metavar="DIR",
         help="folder for figures and pictures (default out/demo/wavelength-rsa)",
     )  # fmt: skip
-    demo.add_argument("--seed", type=int, default=0, help="fixes world and models (default 0)")
+    demo.add_argument("--seed", type=_seed, default=0, help="fixes world and models (default 0)")
     demo.add_argument("--full", action="store_true", help="three seeds")
     return parser
 
@@ -154,7 +159,7 @@ def _add_model(parser: Parser, *, required: bool = True) -> None:
     )  # fmt: skip
     parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--cache", metavar="FILE", help="keep and reuse what the models say")
-    parser.add_argument("--seed", type=int, default=0, help="fixes all samples (default 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="fixes all samples (default 0)")
 
 
 def _add_listening(parser: Parser) -> None:
@@ -163,8 +168,10 @@ def _add_listening(parser: Parser) -> None:
         help="how a model listens: by the probabilities of its answers, by samples, or by samples "
         "after reasoning (default logprob)",
     )  # fmt: skip
-    parser.add_argument("--step", type=int, default=5, help="of the positions (default 5)")
-    parser.add_argument("--num_samples", type=int, default=32, help="of a sampling listener")
+    parser.add_argument(
+        "--step", type=int, default=5, choices=STEPS, help="of the positions (default 5)"
+    )
+    parser.add_argument("--num_samples", type=_count(), default=32, help="of a sampling listener")
     parser.add_argument(
         "--normalize", default="none", choices=NORMALIZE, help="of answers' log-probabilities"
     )
@@ -172,17 +179,23 @@ def _add_listening(parser: Parser) -> None:
         "--end", metavar="TEXT",
         help="text scored after every answer; 'turn' takes the chat template's end of turn",
     )  # fmt: skip
-    parser.add_argument("--max_tokens", type=int, help="limit of a reply")
+    parser.add_argument(
+        "--max_tokens", type=_count(), help="limit of a reply (default 24, with reasoning 1024)"
+    )
 
 
 def _add_speaking(parser: Parser) -> None:
-    parser.add_argument("--num_candidates", type=int, default=32, help="clues sampled (default 32)")
+    parser.add_argument(
+        "--num_candidates", type=_count(), default=32, help="clues sampled (default 32)"
+    )
     parser.add_argument("--cot", action="store_true", help="the speaker reasons before each clue")
     parser.add_argument(
         "--rsa", action="store_true",
         help="choose among the clues by how a listener, the same model, would take them",
     )  # fmt: skip
-    parser.add_argument("--alpha", type=float, default=1.0, help="rationality of --rsa (default 1)")
+    parser.add_argument(
+        "--alpha", type=_weight, default=1.0, help="rationality of --rsa (default 1)"
+    )
     parser.add_argument("--utility", default="log_prob", choices=UTILITIES)
     parser.add_argument("--select", default="sample", choices=("sample", "argmax"))
     parser.add_argument(
@@ -202,8 +215,40 @@ def _add_judge(parser: Parser) -> None:
     )
 
 
+def _count(least: int = 1) -> Callable[[str], int]:
+    """Return a reader of whole numbers; wrong ones are refused before a model is loaded."""
+
+    def read(text: str) -> int:
+        number = int(text) if text.isascii() and text.isdecimal() else -1
+        if number < least:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of at least {least}, not {text!r}"
+            )
+        return number
+
+    return read
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from 0 to {2**32 - 1}, not {text!r}"
+        )
+    return int(text)
+
+
+def _weight(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not number >= 0:  # NaN too
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0 or inf, not {text!r}")
+    return number
+
+
 def _listen(arguments: argparse.Namespace) -> int:
-    _check_json(arguments)
+    _check_outputs(arguments, arguments.json)
     from wavelength_rsa.scales import Scale
 
     scale = Scale(arguments.left, arguments.right)
@@ -221,19 +266,22 @@ def _listen(arguments: argparse.Namespace) -> int:
 
 
 def _speak(arguments: argparse.Namespace) -> int:
-    _check_json(arguments)
+    _check_outputs(arguments, arguments.json)
     from wavelength_rsa.scales import Scale, grid_index
 
     scale = Scale(arguments.left, arguments.right)
     grid_index(arguments.target, arguments.step)
+    if arguments.judge and arguments.self_play:
+        raise UserError("--judge and --self_play exclude each other; give one")
     with ExitStack() as stack:
         model = _model(arguments, stack)
         speaker = _speaker(arguments, model)
         said = speaker.speak(scale, arguments.target, seed=arguments.seed)
         candidates = said.candidates
         judged = None
-        if arguments.judge:
-            judge = _listener(arguments, _judge_model(arguments, stack))
+        if arguments.judge or arguments.self_play:
+            judging = model if arguments.self_play else _judge_model(arguments, stack)
+            judge = _listener(arguments, judging)
             judged = judge.distribution(scale, list(candidates.clues), seed=arguments.seed)
     order = sorted(range(len(candidates.clues)), key=lambda k: -candidates.probs[k])
     print(f"{said.clue}{'   (breaks a rule)' if said.flagged else ''}\n")
@@ -272,12 +320,10 @@ def _eval(arguments: argparse.Namespace) -> int:
         task: out.with_name(f"{out.stem}-{task}{out.suffix}") if len(tasks) > 1 else out
         for task in tasks
     }
+    _check_outputs(arguments, *files.values())
     for file in files.values():
-        check_output_file(file)
         if file.exists() and not arguments.overwrite:
             raise UserError(f"{file} exists; name another file or give --overwrite")
-        if file.resolve() == Path(arguments.data).resolve():
-            raise UserError(f"--out would replace the data {file}; name another file")
     if "speaker" in tasks and bool(arguments.judge) == arguments.self_play:
         raise UserError(
             "a speaker needs one judge: --judge MODEL, another model than the speaker's, or "
@@ -286,9 +332,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     if "speaker" not in tasks and (arguments.judge or arguments.self_play or arguments.rsa):
         raise UserError("--judge, --self_play and --rsa are for --task speaker or both")
     items = _items(arguments)
-    _quiet_libraries()
-    from wavelength_rsa.evaluate import evaluate_listener, evaluate_speaker
+    from wavelength_rsa.evaluate import check_targets, evaluate_listener, evaluate_speaker
 
+    check_targets(items, arguments.step)
     with ExitStack() as stack:
         model = _model(arguments, stack)
         for task in tasks:
@@ -328,7 +374,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _human(arguments: argparse.Namespace) -> int:
-    _check_json(arguments)
+    _check_outputs(arguments, arguments.json)
     from wavelength_rsa.data import human_baseline, load_items
     from wavelength_rsa.human import human_rsa
 
@@ -383,7 +429,7 @@ def _pragmatic_text(found: dict[str, Any]) -> str:
 
 
 def _fit(arguments: argparse.Namespace) -> int:
-    _check_json(arguments)
+    _check_outputs(arguments, arguments.json)
     from wavelength_rsa.data import load_items
     from wavelength_rsa.fitting import fit_games
 
@@ -391,13 +437,13 @@ def _fit(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         listener = None
         if arguments.model:
-            _quiet_libraries()
             listener = _listener(arguments, _model(arguments, stack))
         found = fit_games(
             items, listener=listener, step=arguments.step, folds=arguments.folds,
             seed=arguments.seed,
         )  # fmt: skip
-    count = sum(len(item.responses or ()) for item in items)
+    counts = [len(item.responses or ()) for item in items]
+    used = sum(counts if arguments.model else (n - n // 2 for n in counts))  # see fit_games
     print(
         f"alpha {found.alpha:.3f} ({found.low:.3f} to {found.high:.3f})"
         + (", at the end of the grid" if found.at_bound else "")
@@ -407,14 +453,14 @@ def _fit(arguments: argparse.Namespace) -> int:
         ("all responses", found.log_likelihood, found.baseline_log_likelihood),
         ("held out", found.cv_log_likelihood, found.cv_baseline),
     ):
-        used = count if arguments.model else count // 2
         print(f"{name:20} {ours / used:10.4f} {base / used:10.4f}")
     _write(arguments, dataclasses.asdict(found))
     return 0
 
 
 def _play(arguments: argparse.Namespace) -> int:
-    _quiet_libraries()
+    with suppress(ImportError):
+        import readline  # noqa: F401 - lets input() edit a line with the arrow keys
     from wavelength_rsa.play import SCALES, play
 
     scales: Sequence[Any] = SCALES
@@ -452,12 +498,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _items(arguments: argparse.Namespace) -> "list[Item]":
-    limit = getattr(arguments, "limit", None)
-    if limit is not None and limit < 1:
-        raise UserError(f"limit must be at least 1, not {limit}")
     from wavelength_rsa.data import load_items
 
-    return load_items(arguments.data)[:limit]
+    return load_items(arguments.data)[: getattr(arguments, "limit", None)]
 
 
 def _model(arguments: argparse.Namespace, stack: ExitStack) -> "TextModel":
@@ -479,13 +522,13 @@ def _loaded(
 
     if arguments.cache:
         check_output_file(arguments.cache)
-    _quiet_libraries()
     template = None if arguments.thinking else {"enable_thinking": False}
     server = backend == "server" or spec.startswith(("http://", "https://"))
     options: dict[str, Any] = {"model": name}
     if server:
         options |= {"api_key_env": arguments.api_key_env}
     else:
+        _quiet_libraries()
         options |= {
             "dtype": arguments.dtype,
             "template_options": template,
@@ -517,7 +560,7 @@ def _speaker(arguments: argparse.Namespace, model: "TextModel") -> "Speaker":
 
     speaker = SamplingSpeaker(
         model, num_candidates=arguments.num_candidates, cot=arguments.cot,
-        max_tokens=arguments.max_tokens if arguments.cot else None,
+        max_tokens=arguments.max_tokens,
         on_violation=arguments.on_violation,
     )  # fmt: skip
     if not arguments.rsa:
@@ -528,12 +571,14 @@ def _speaker(arguments: argparse.Namespace, model: "TextModel") -> "Speaker":
     )  # fmt: skip
 
 
-def _check_json(arguments: argparse.Namespace) -> None:
-    if arguments.json:
-        check_output_file(arguments.json)
-        data = getattr(arguments, "data", None)
-        if data and Path(arguments.json).resolve() == Path(data).resolve():
-            raise UserError(f"--json would replace the data {data}; name another file")
+def _check_outputs(arguments: argparse.Namespace, *outputs: str | Path | None) -> None:
+    """Refuse files that cannot be written, or that are the data or the cache."""
+    for output in filter(None, outputs):
+        check_output_file(output)
+        for name in ("data", "cache"):
+            other = getattr(arguments, name, None)
+            if other and Path(output).resolve() == Path(other).resolve():
+                raise UserError(f"{output} would replace the file of --{name}; name another file")
 
 
 def _write(arguments: argparse.Namespace, value: dict[str, Any]) -> None:

@@ -135,7 +135,7 @@ def evaluate_listener(
     Raises:
         UserError: there is no item, or a target is not on the listener's grid.
     """
-    _check(items)
+    check_targets(items, listener.step)
     positions = grid(listener.step)
     targets = np.array([positions[grid_index(i.target, listener.step)] for i in items])
     groups = clusters(items)
@@ -208,10 +208,8 @@ def evaluate_speaker(
     Raises:
         UserError: there is no item, or a target is not on the judge's grid.
     """
-    _check(items)
+    check_targets(items, judge.step)
     positions = grid(judge.step)
-    for item in items:
-        grid_index(item.target, judge.step)
     first: dict[tuple[Scale, float], Item] = {}
     for item in items:
         first.setdefault((item.scale, item.target), item)
@@ -251,6 +249,21 @@ def evaluate_speaker(
         rows=rows,
         notes=_roles(speaker.describe(), judge.describe()),
     )
+
+
+def check_targets(items: Sequence[Item], step: int) -> None:
+    """Refuse items that cannot be evaluated on a grid.
+
+    Raises:
+        UserError: there is no item, or a target is not on the grid; the message names the item.
+    """
+    if not len(items):
+        raise UserError("there is no item to evaluate")
+    for item in items:
+        try:
+            grid_index(item.target, step)
+        except UserError as error:
+            raise UserError(f"item {item.id!r} ({item.clue!r}): {error}") from error
 
 
 def compare(
@@ -347,11 +360,6 @@ def _roles(speaker: Mapping[str, Any], judge: Mapping[str, Any]) -> list[str]:
 def _model(described: Mapping[str, Any]) -> object:
     inner = described.get("speaker") or {}
     return described.get("model") or inner.get("model")
-
-
-def _check(items: Sequence[Item]) -> None:
-    if not len(items):
-        raise UserError("there is no item to evaluate")
 
 
 def _place(item: Item) -> dict[str, Any]:
