@@ -7,6 +7,7 @@ import numpy as np
 
 from tenfold_common.errors import UserError
 from wavelength_rsa.data import Item, clusters, random_halves
+from wavelength_rsa.human import alternatives
 from wavelength_rsa.rsa import FitResult, fit_rsa
 from wavelength_rsa.scales import project
 
@@ -43,23 +44,27 @@ def fit_games(
     missing = [item.id for item in items if not item.responses or len(item.responses) < 2]
     if missing or not items:
         raise UserError(
-            f"alpha is fitted to human responses, of which {len(missing) or 'all'} items have fewer "
-            f"than two (first: {missing[0] if missing else 'there is no item'})"
+            "alpha is fitted to human responses, at least two for each item; "
+            + (f"{len(missing)} items have fewer, first {missing[0]!r}" if items else "no items")
+        )
+    groups = clusters(items)
+    if not groups.any():
+        raise UserError(
+            f"alpha is cross-validated by concept pair, but all items are on "
+            f"{items[0].scale}; give items of at least two scales"
         )
     if listener is None:
-        [first], [counts] = random_halves(items, 1, seed, step)
-        literal = first + 0.5 / first.shape[-1]
+        halves, others = random_halves(items, 1, seed, step)
+        literal, counts = halves[0] + 0.5 / halves.shape[-1], others[0]
         literal /= literal.sum(-1, keepdims=True)
     else:
         counts = np.stack([project(item.responses or (), listener.step) for item in items])
         literal = listener.listen([(item.scale, item.clue) for item in items], seed=seed)
-    groups = clusters(items)
-    games, heard = [], []
     with np.errstate(divide="ignore"):  # an impossible position is -inf
         logs = np.log(literal)
-    for k in range(len(items)):
-        members = np.flatnonzero(groups == groups[k])
-        first = {items[i].clue: i for i in reversed(members)}  # a clue given twice is one utterance
-        games.append(logs[sorted(first.values())])
-        heard.append(sorted(first.values()).index(first[items[k].clue]))
+    games = [
+        logs[members[considered]]
+        for members, considered in zip(*alternatives(items, groups), strict=True)
+    ]
+    heard = [0] * len(items)  # the item itself comes first
     return fit_rsa(games, heard, list(counts), groups.tolist(), folds=folds, seed=seed)

@@ -72,9 +72,9 @@ def human_rsa(
     first, other = random_halves(items, splits, seed, step)  # [splits, N, n] counts
     literal = first + smoothing
     literal /= literal.sum(-1, keepdims=True)
-    alternatives, mask = _alternatives(items, groups)  # [N, m]
+    considered, mask = alternatives(items, groups)  # [N, m]
     with np.errstate(divide="ignore"):  # a position nobody chose is impossible without smoothing
-        games = np.log(literal)[:, alternatives]  # [splits, N, m, n]
+        games = np.log(literal)[:, considered]  # [splits, N, m, n]
     mask = np.broadcast_to(mask, games.shape[:-1])
     alone = np.broadcast_to(np.arange(mask.shape[-1]) == 0, mask.shape)
 
@@ -104,7 +104,7 @@ def human_rsa(
     }
 
 
-def _alternatives(
+def alternatives(
     items: Sequence[Item], groups: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Return for each item the items whose clues its listener considers, and which are no padding.
