@@ -4,6 +4,7 @@ All answer with distributions over one grid, `[N, n]`, so that metrics, speakers
 of them. A question is a scale and a clue.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -259,7 +260,7 @@ class LogprobListener(Listener):
         scales = list(dict.fromkeys(scale for scale, _ in questions))
         if self.normalize == "pmi":
             asked += [self.prompts.listener(scale, "", step=self.step) for scale in scales]
-        scores = self.model.score_many(asked, [answers] * len(asked))
+        scores = self._scores(asked, answers)
         values = np.array([[self._value(s, a) for s, a in zip(row, answers, strict=True)]
                            for row in scores])  # [N (+ scales), n]  # fmt: skip
         blank = values[len(questions) :]
@@ -277,6 +278,18 @@ class LogprobListener(Listener):
             )
         weights = np.exp((values - best) / self.temperature)
         return weights / weights.sum(1, keepdims=True)
+
+    def _scores(self, asked: "list[Prompt]", answers: list[str]) -> "list[list[Score]]":
+        try:
+            return self.model.score_many(asked, [answers] * len(asked))
+        except UserError as error:
+            # Some servers leave the log-probabilities out, others refuse the field by its name.
+            if not re.search("log-probabilities|logprobs", str(error)):
+                raise
+            raise UserError(
+                f"{error}. Without them a model can still be sampled: use SamplingListener, on the "
+                "command line --mode sample"
+            ) from error
 
     def _value(self, score: "Score", answer: str) -> float:
         lengths = {"token": len(score.logprobs), "char": len(answer)}
