@@ -307,7 +307,7 @@ def _speak(
         pull = utility - torch.where(best.isneginf(), 0.0, best)
         chosen = (possible >= best - TIE_TOLERANCE) & ~possible.isneginf()
         logits = torch.where(chosen, weight, -math.inf)
-    total = logits.logsumexp(-2, keepdim=True)
+    total = _logsumexp(logits, -2)
     return logits - total, pull, total
 
 
@@ -326,8 +326,16 @@ def _listen(pull: "Tensor", total: "Tensor", log_prior: "Tensor", infinite: bool
         evidence = torch.where(nearest & ~pull.isneginf(), evidence, -math.inf)
     else:
         evidence = evidence + pull
-    _check_understood(evidence)
-    return evidence.log_softmax(-1)
+    total = _logsumexp(evidence, -1)
+    _check_understood(total)
+    return evidence - total
+
+
+def _logsumexp(logs: "Tensor", dim: int) -> "Tensor":
+    """Return the logarithm of the sum; shifted by the maximum only where exponentials need it."""
+    total = logs.exp().sum(dim, keepdim=True).log()
+    safe = (total.detach().abs() < 600.0).all()  # exp(-745) is 0, exp(709) is the largest
+    return total if safe else logs.logsumexp(dim, keepdim=True)
 
 
 def _times(factor: "float | Tensor", logs: "Tensor") -> "Tensor":
@@ -471,8 +479,8 @@ def _check_reachable(total: "Tensor", depth: int) -> None:
     )
 
 
-def _check_understood(evidence: "Tensor") -> None:
-    never = evidence.amax(-1).isneginf()
+def _check_understood(total: "Tensor") -> None:
+    never = total[..., 0].isneginf()
     if never.any():
         *batch, row = never.nonzero()[0].tolist()
         where = f"utterance {row}" + (f" of game {tuple(batch)}" if batch else "")
