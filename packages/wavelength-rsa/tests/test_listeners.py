@@ -492,6 +492,19 @@ def test_unreadable_samples_are_drawn_again_with_other_seeds() -> None:
     }  # fmt: skip
 
 
+def test_every_question_gets_the_samples_it_lacks_and_no_more() -> None:
+    def reply(prompt: Prompt, seed: int, j: int) -> str:
+        if seed:
+            return "100"
+        return "0" if j < (1 if clue_of(prompt) == "snail" else 3) else "no"
+
+    listener = SamplingListener(ScriptedModel(reply), step=50, num_samples=4, smoothing=0)
+    probs = listener.listen([(SPEED, "snail"), (SPEED, "jet")], seed=0)
+    assert probs.tolist() == [[1 / 4, 0, 3 / 4], [3 / 4, 0, 1 / 4]]
+    assert listener.last_stats["used"] == 8
+    assert listener.last_stats["drawn"] == 8 + 3 + 1
+
+
 def test_every_round_has_its_own_seed_and_there_are_at_most_max_retries() -> None:
     model = ScriptedModel(lambda prompt, seed, j: "50" if j == 0 and seed == 3 else "no")
     listener = SamplingListener(model, step=50, num_samples=3, max_retries=4, smoothing=0)

@@ -334,7 +334,7 @@ def test_near_misses_count_for_the_distance_utilities(utility: str) -> None:
 
 
 def test_argmax_shares_ties() -> None:
-    rows = {"a": [0.5, 0.5, 0], "b": [0.5, 0.5, 0], "c": [0.1, 0.9, 0]}
+    rows = {"a": [0.5, 0.5, 0], "b": [0.5, 0.5, 0], "c": [0.4, 0.6, 0]}
     speaker = RSASpeaker(Fixed({"a": 1, "b": 1, "c": 1}), Table(rows), select="argmax")
     [found] = speaker.propose([(SPEED, 0)])
     assert found.probs.tolist() == [0.5, 0.5, 0]
@@ -358,6 +358,15 @@ def test_all_candidates_of_all_tasks_are_asked_of_the_listener_at_once() -> None
     np.testing.assert_allclose(found[0].probs, [1 / 1.2, 0.2 / 1.2])
     weight = np.array([0.9, 2 * 0.2, 0.05])
     np.testing.assert_allclose(found[1].probs, weight / weight.sum())
+
+
+def test_the_seed_reaches_both_the_speaker_and_the_listener() -> None:
+    base = Fixed(COUNTS)
+    literal = ScriptedModel(lambda prompt, seed, j: "50")
+    speaker = RSASpeaker(base, SamplingListener(literal, num_samples=1))
+    speaker.propose([(SPEED, 50)], seed=12)
+    assert base.asked == [([(SPEED, 50.0)], 12)]
+    assert [call["seed"] for call in literal.calls] == [12]
 
 
 def test_what_the_rules_dropped_stays_dropped() -> None:

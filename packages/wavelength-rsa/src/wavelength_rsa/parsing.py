@@ -86,7 +86,7 @@ def _said(text: str, tag: str, complete: bool, last: bool, *, tagged: bool) -> s
     opening, closing = f"<{tag}>", f"</{tag}>"
     end = reply.rfind(closing) if last else -1
     start = reply.rfind(opening, 0, end) if end >= 0 else -1
-    if start < 0 and not (last and complete):
+    if start < 0:
         start = reply.find(opening)
     if start < 0:
         return None if tagged else reply
