@@ -1,8 +1,14 @@
 """Same conditions for every test: one thread, fixed seeds, no network."""
 
+import json
 import os
-from collections.abc import Iterator
+import re
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from random import Random
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -97,3 +103,126 @@ def player(tmp_path_factory) -> Path:
 def base_player(tmp_path_factory) -> Path:
     """The same without a chat template."""
     return bigram_player(tmp_path_factory.mktemp("players") / "base", chat=False)
+
+
+class FakeServer:
+    """An OpenAI-compatible server on loopback that knows the game and a few clues.
+
+    Attributes:
+        models: Names it offers.
+        logprobs: "given", "absent" (the field is ignored) or "refused" (answered with 400).
+        peaks: Where clues point; others point to 50.
+        reply: Text of every reply; by default a position near the clue's, or one of CLUES.
+        script: (status, headers, body) to answer the next requests with.
+        requests: (path, body, headers) of what was asked by POST.
+        held: After so many of those `full` is set and answers wait for `go`.
+    """
+
+    def __init__(self) -> None:
+        self.models, self.logprobs, self.reply = ["tiny"], "given", None
+        self.peaks = {"fire": 90, "ice": 10}
+        self.script: list = []
+        self.requests: list = []
+        self.held: int | None = None
+        self.full, self.go, self.lock = threading.Event(), threading.Event(), threading.Lock()
+
+    def asked(self) -> int:
+        return len(self.requests)
+
+    def answer(self, path: str, body: dict, headers: dict) -> tuple[int, dict, object]:
+        with self.lock:
+            self.requests.append((path, body, headers))
+            scripted = self.script.pop(0) if self.script else None
+            if self.held is not None and self.asked() > self.held:
+                self.full.set()
+        if self.full.is_set():
+            self.go.wait(60)
+        if scripted:
+            return scripted
+        if body["model"] not in self.models:
+            return 404, {}, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        if path != "/v1/chat/completions":
+            return 404, {}, {"error": {"message": "Not Found"}}
+        if "prompt_logprobs" in body and self.logprobs == "refused":
+            return 400, {}, {"error": {"message": "Unrecognized argument: prompt_logprobs"}}
+        message = {"role": "assistant", "content": self._reply(body)}
+        found = {
+            "choices": [{"message": message, "finish_reason": "stop"}],
+            "usage": {"completion_tokens": 4},
+        }
+        if "prompt_logprobs" in body and self.logprobs == "given":
+            found["prompt_logprobs"] = self._scored(body["messages"])
+        return 200, {}, found
+
+    def _reply(self, body: dict) -> str:
+        choose = Random(body.get("seed", 0))
+        if self.reply is not None:
+            return self.reply
+        text = body["messages"][0]["content"]
+        if "<clue>" in text:
+            return f"<clue>{choose.choice(CLUES)}</clue>"
+        return f"<answer>{self.peak(text) + choose.randint(-10, 10)}</answer>"
+
+    def peak(self, text: str) -> int:
+        clue = text.rpartition("Clue:")[2].split("\n")[0].strip()
+        return self.peaks.get(clue, 50)
+
+    def _scored(self, messages: list) -> list:
+        """Tokens with their log-probability: -|t - peak| / 20 for the number of an answer."""
+        user, *reply = (m["content"] for m in messages)
+        peak = self.peak(user)
+        words = re.findall(r"<answer>|</answer>|[0-9]+|.+?", "".join(reply), re.DOTALL)
+        rows = [(w, -abs(int(w) - peak) / 20 if w.isdecimal() else -0.25) for w in words]
+        rows = [("user:", None), (user, -700.0), ("assistant:", -0.5), *rows]
+        made = [{"7": {"logprob": v, "decoded_token": w}} for w, v in rows]
+        return [None, *made[1:]]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._send(200, {}, {"data": [{"id": name} for name in self.server.fake.models]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self._send(*self.server.fake.answer(self.path, body, dict(self.headers)))
+
+    def _send(self, status: int, headers: dict, body: object) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[[], FakeServer]]:
+    """A function that starts one more FakeServer, whose `url` is its address."""
+    running = []
+
+    def start() -> FakeServer:
+        server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        server.daemon_threads = True
+        server.handle_error = lambda *args: None  # who is interrupted hangs up
+        server.fake = FakeServer()
+        server.fake.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        running.append((server, thread))
+        return server.fake
+
+    yield start
+    for server, thread in running:
+        server.fake.go.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def server(start_server: Callable[[], FakeServer]) -> FakeServer:
+    """One FakeServer."""
+    return start_server()
