@@ -24,6 +24,7 @@ from tenfold_common import (
     word_tokenizer,
 )
 from tenfold_common.lm.base import first_stop, stream_seed
+from tenfold_common.lm.prefixes import Prefixes, past_length
 from tenfold_common.lm.transformers_model import _Chooser
 
 BYTES = byte_tokenizer()
@@ -283,6 +284,16 @@ def test_a_prompt_is_run_once_for_all_its_samples(monkeypatch):
     assert seen == [((2, 4), 1)]
     model.sample(["a", "b"], n=2, max_tokens=1)  # nothing before the last token
     assert seen[1:] == [((4, 1), 1)]
+
+
+def test_only_the_pasts_of_the_call_before_are_held(model, monkeypatch):
+    rows = [BYTES(START + rest)["input_ids"] for rest in "ab"]
+    prefixes = Prefixes(model._forward, rows, batch_size=2)
+    seen = watch(LLAMA, monkeypatch)
+    for asked, runs in ((rows[:1], 1), (rows, 2), (rows[1:] * 3, 2), (rows[:1], 3)):
+        pasts = prefixes.pasts(asked)
+        assert len(seen) == runs
+        assert [past_length(past) for past in pasts] == [len(START) + 1] * len(asked)
 
 
 def test_what_was_run_before_is_forgotten_when_the_weights_change():
