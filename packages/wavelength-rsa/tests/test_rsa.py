@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from wavelength_rsa.reference import (
     naive_production,
     naive_trace,
 )
-from wavelength_rsa.rsa import RSA, FitResult, fit_rsa, production
+from wavelength_rsa.rsa import RSA, FitResult, Utility, fit_rsa, production
 
 BARE = RSA(null=None)
+Null = Literal["uniform"] | None
 
 
 def logs(probs: object) -> np.ndarray:
@@ -95,7 +97,7 @@ def test_every_level_is_that_of_the_plain_equations(
         null="uniform" if null else None,
     )
     full = with_null(probs) if null else probs
-    if null and extras:
+    if null and cost is not None and weights is not None:
         cost, weights = np.append(cost, 0.0), np.append(weights, weights.mean())
     expected = naive_trace(
         table(full),
@@ -177,8 +179,8 @@ def test_order_of_utterances_and_states_does_not_matter(seed: int, depth: int) -
     cost, weights, states = rng.normal(size=5), rng.random(5) + 0.1, rng.random(4) + 0.1
     rsa = RSA(2.0, depth, cost, states, weights)
     moved = RSA(2.0, depth, cost[us], states[ts], weights[us])
-    for a, b in zip(rsa.trace(probs), moved.trace(probs[np.ix_(us, ts)]), strict=True):
-        expected = np.exp(a.log_probs)[np.ix_([*us, 5], ts)]
+    for a, b in zip(rsa.trace(probs), moved.trace(probs[us][:, ts]), strict=True):
+        expected = np.exp(a.log_probs)[[*us, 5]][:, ts]
         np.testing.assert_allclose(np.exp(b.log_probs), expected, atol=1e-12)
 
 
@@ -247,7 +249,7 @@ def test_alpha_inf_says_the_best_utterance_and_shares_ties() -> None:
     certain=st.booleans(),
 )
 def test_alpha_inf_is_the_limit_also_for_utterances_never_said(
-    seed: int, m: int, zeros: float, metric: bool, null: str | None, certain: bool
+    seed: int, m: int, zeros: float, metric: bool, null: Null, certain: bool
 ) -> None:
     rng = np.random.default_rng(seed)
     rounded = np.round(8 * game(seed, m, 4, zeros)) + (game(seed, m, 4, zeros) > 0)  # has ties
@@ -352,7 +354,7 @@ def test_metric_utility_needs_no_reachable_states() -> None:
 @pytest.mark.parametrize("utility", ["log_prob", "neg_expected_distance"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_padded_batch_equals_single_games(
-    alpha: float, null: str | None, utility: str, depth: int
+    alpha: float, null: Null, utility: Utility, depth: int
 ) -> None:
     sizes, n, rng = [3, 5, 1, 4], 3, np.random.default_rng(0)
     games = [game(i, m, n) for i, m in enumerate(sizes)]
@@ -407,14 +409,15 @@ def test_torch_in_torch_out_and_numpy_in_numpy_out() -> None:
         assert type(theirs) is torch.Tensor
         assert theirs.dtype == torch.float64
         np.testing.assert_array_equal(ours, theirs.numpy())
-    assert RSA(np.float32(2.0)).listener(tensor.float()).dtype == torch.float64
+    half = RSA(np.float32(2.0)).listener(tensor.float())  # pyright: ignore[reportArgumentType]
+    assert half.dtype == torch.float64
     assert type(RSA().trace(tensor)[0].log_probs) is torch.Tensor
 
 
 @pytest.mark.parametrize("utility", ["log_prob", "neg_expected_distance"])
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("value", [0.0, 1.0, 1.7])
-def test_gradients(utility: str, depth: int, value: float) -> None:
+def test_gradients(utility: Utility, depth: int, value: float) -> None:
     scores = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     alpha = torch.tensor(value, dtype=torch.float64, requires_grad=True)
     mask = np.array([[True, True, False], [True, True, True]])
@@ -438,7 +441,7 @@ def test_gradients(utility: str, depth: int, value: float) -> None:
 
 @pytest.mark.parametrize("utility", ["log_prob", "neg_expected_distance"])
 @pytest.mark.parametrize("null", ["uniform", None])
-def test_gradients_stay_finite_where_probabilities_are_0(utility: str, null: str | None) -> None:
+def test_gradients_stay_finite_where_probabilities_are_0(utility: Utility, null: Null) -> None:
     table = torch.from_numpy(np.stack([SHAPES, SHAPES]))
     table[1, 3] = math.nan  # padding
     table[1, 0] = torch.tensor([1 / 4, 1 / 4, 1 / 2]).log()
@@ -704,17 +707,13 @@ def test_interval_is_that_of_refitted_resamples() -> None:
     l0s, heard, human, groups = played(2.5, games=12)
     found = fit_rsa(l0s, heard, human, groups, resamples=4000)
     rng, pairs, refitted = np.random.default_rng(5), sorted(set(groups)), []
-    curves = {}
     alphas = np.geomspace(1.0, 6.0, 400)
-    for pair in pairs:
-        rows = [i for i, group in enumerate(groups) if group == pair]
-        curves[pair] = sum(
-            np.array([human[i] @ RSA(a).log_listener(l0s[i])[heard[i]] for a in alphas])
-            for i in rows
-        )
+    curves = np.zeros((len(pairs), len(alphas)))
+    for l0, row, counts, pair in zip(l0s, heard, human, groups, strict=True):
+        curves[pairs.index(pair)] += [counts @ RSA(a).log_listener(l0)[row] for a in alphas]
     for _ in range(4000):
-        drawn = rng.choice(pairs, size=len(pairs))
-        refitted.append(alphas[sum(curves[pair] for pair in drawn).argmax()])
+        drawn = rng.integers(len(pairs), size=len(pairs))
+        refitted.append(alphas[curves[drawn].sum(0).argmax()])
     low, high = np.quantile(refitted, [0.025, 0.975])
     assert found.low == pytest.approx(low, rel=0.03)
     assert found.high == pytest.approx(high, rel=0.03)

@@ -111,7 +111,7 @@ def pragmatic_rerank(
     groups = _equal(candidates)
     first = [group[0] for group in groups]
     weights = np.array([weights[group].sum() for group in groups])
-    possible = ~np.isneginf(logs[first]).all(0)
+    possible = np.array((logs[first] != -np.inf).any(axis=0))
     if null is None and not possible[column]:
         raise UserError(
             f"no candidate fits the target {target!r}: log_l0 is -inf for all; smooth it, propose "
@@ -127,7 +127,7 @@ def pragmatic_rerank(
         prior_weight=prior_weight,
         null=null,
     )
-    levels = rsa.trace(logs[np.ix_(first, possible)])
+    levels = rsa.trace(logs[first][:, possible])
     at = int(possible[:column].sum())
     speaker, listener = (np.exp(levels[i].log_probs[: len(first), at]) for i in (-2, -3))
     ranked = [

@@ -276,8 +276,7 @@ def _levels(game: _Game, alpha: "float | Tensor") -> "Iterator[Tensor]":
     listener = game.log_l0
     for depth in count(1):
         yield listener
-        measured = game.distance is not None
-        utility = -(listener.exp() @ game.distance) if measured else listener
+        utility = listener if game.distance is None else -(listener.exp() @ game.distance)
         speaker, pull, total = _speak(utility, game.weight, alpha)
         _check_reachable(total, depth)
         yield speaker
