@@ -465,10 +465,11 @@ def test_gradients_stay_finite_where_probabilities_are_0(utility: Utility, null:
     assert float(by_alpha) == pytest.approx(float(slope), rel=1e-6)
 
 
-def test_inputs_are_neither_changed_nor_shared() -> None:
+@pytest.mark.parametrize("writeable", [True, False])
+def test_inputs_are_neither_changed_nor_shared(writeable: bool) -> None:
     probs = logs(game(0, 3, 4))
     before = probs.copy()
-    probs.flags.writeable = False
+    probs.flags.writeable = writeable
     for level in (*RSA(depth=2).trace(probs), *replace(BARE, depth=0).trace(probs)):
         assert not np.shares_memory(level.log_probs, probs)
         level.log_probs[:] = 7.0
