@@ -218,6 +218,10 @@ def clue_of(prefix: Prompt) -> str:
     return text.rpartition("Clue:")[2].split("\n")[0].strip()
 
 
+def prompts_of(call: dict) -> list[Prompt]:
+    return call["prompts"]
+
+
 def by_distance(prefix: Prompt, continuation: str) -> float:
     """A made-up log-probability: falls with the distance from 10 times the clue's length."""
     where = 10 * len(clue_of(prefix))
@@ -485,7 +489,7 @@ def test_unreadable_samples_are_drawn_again_with_other_seeds() -> None:
     assert all(0 <= seed < 2**32 for seed in seeds)
     first, second = model.calls
     assert (first["n"], len(first["prompts"])) == (4, 2)
-    assert (second["n"], [clue_of(p) for p in second["prompts"]]) == (3, ["snail"])  # what lacks
+    assert (second["n"], [clue_of(p) for p in prompts_of(second)]) == (3, ["snail"])  # what lacks
     assert listener.last_stats == {
         "questions": 2, "drawn": 11, "used": 8, "unusable": 3, "cut_off": 0, "rounds": 2,
         "incomplete": 0,
@@ -518,7 +522,7 @@ def test_every_round_has_its_own_seed_and_there_are_at_most_max_retries() -> Non
 
 
 def test_retries_differ_between_seeds() -> None:
-    def seeds(seed: int) -> list[int]:
+    def seeds(seed: int) -> list[object]:
         model = ScriptedModel(lambda prompt, s, j: "50" if s == seed and j == 0 else "no")
         SamplingListener(model, num_samples=2, max_retries=3).listen([(SPEED, "x")], seed=seed)
         return [call["seed"] for call in model.calls]

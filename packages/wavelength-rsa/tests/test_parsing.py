@@ -192,10 +192,10 @@ def test_a_complete_last_tag_is_read_whatever_comes_before(position: int, before
 )  # fmt: skip
 def test_long_replies_take_little_time(unit: str) -> None:
     text = unit * (500_000 // len(unit))
-    start = time.perf_counter()
+    start = time.process_time()
     for cot in (False, True):
         read_position(text, cot=cot)
         read_clue(text, cot=cot)
         read_position(f"<answer>{text}</answer>", cot=cot)
         read_clue(f"<clue>{text}</clue>", cot=cot)
-    assert time.perf_counter() - start < 4
+    assert time.process_time() - start < 4

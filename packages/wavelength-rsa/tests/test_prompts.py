@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -172,7 +173,7 @@ def test_the_games_shown_are_not_in_the_data(data_folder: Path) -> None:
         assert not known_pairs(games(text)[:-1]) & data
 
 
-def known_pairs(scales: object) -> set[frozenset[str]]:
+def known_pairs(scales: Iterable[Scale]) -> set[frozenset[str]]:
     return {frozenset((fold(s.left), fold(s.right))) for s in scales}
 
 

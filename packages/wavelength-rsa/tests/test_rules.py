@@ -169,9 +169,9 @@ def test_any_text_is_checked_and_normalised(text: str) -> None:
 
 @pytest.mark.parametrize("unit", ["a'", "y", "ness", "a ", "-", "İ", "bb", "'s"])
 def test_long_texts_take_little_time(unit: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     check_clue(unit * (200_000 // len(unit)), Scale("Slow", "Fast"))
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.realdata

@@ -37,6 +37,10 @@ def target_of(prompt: Prompt) -> str:
     return text.rpartition("Target: ")[2].split("\n")[0]
 
 
+def prompts_of(call: dict) -> list[Prompt]:
+    return call["prompts"]
+
+
 def saying(*replies: str) -> ScriptedModel:
     return ScriptedModel(lambda prompt, seed, j: replies[j % len(replies)], name="scripted")
 
@@ -140,7 +144,7 @@ def test_only_tasks_without_any_clue_are_asked_again_with_another_seed() -> None
     found = SamplingSpeaker(model, num_candidates=2).propose([(SPEED, 95), (SPEED, 5)], seed=4)
     assert [c.refused for c in found] == [1, 3]
     first, second = model.calls
-    assert [target_of(p) for p in second["prompts"]] == ["5"]
+    assert [target_of(p) for p in prompts_of(second)] == ["5"]
     assert second["seed"] != first["seed"]
 
 
