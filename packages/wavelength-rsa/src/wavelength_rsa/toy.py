@@ -201,7 +201,7 @@ class World:
         self,
         seed: int = 0,
         *,
-        steps: int = 1500,
+        steps: int = 1200,
         lines: int = 60_000,
         batch_size: int = 128,
         learning_rate: float = 3e-3,
