@@ -198,6 +198,7 @@ def test_both_roles_with_real_models(player, base_player):
         listening.until("off on average")
         for terminal in (speaking, listening):
             assert terminal.leaves() == 0
+            assert terminal.shown.startswith("1 round; q ends the game.")  # and nothing of loading
             readable(terminal)
 
 

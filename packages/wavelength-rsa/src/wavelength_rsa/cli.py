@@ -155,7 +155,8 @@ def _add_model(parser: Parser, *, required: bool = True) -> None:
     parser.add_argument("--dtype", default="auto", help="such as bfloat16")
     parser.add_argument(
         "--thinking", action="store_true",
-        help="let a thinking model think (default: its chat template is told not to)",
+        help="let a thinking model think (default: its chat template is told not to; a server "
+        "decides for itself)",
     )  # fmt: skip
     parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--cache", metavar="FILE", help="keep and reuse what the models say")
@@ -392,11 +393,11 @@ def _baseline_text(found: dict[str, Any]) -> str:
     lines = [
         f"{found['items']} items on {found['clusters']} concept pairs, {found['responses']} "
         "responses; intervals resample pairs",
-        f"{'':24}" + "".join(f"{name:>20}" for name in columns),
+        f"{'':24}" + "".join(f"{name:>22}" for name in columns),
     ]
     for name, row in found["rows"].items():
         cells = [_cell(row.get(column)) for column in columns]
-        lines.append(f"{name.replace('_', ' '):24}" + "".join(f"{cell:>20}" for cell in cells))
+        lines.append(f"{name.replace('_', ' '):24}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -435,9 +436,8 @@ def _fit(arguments: argparse.Namespace) -> int:
 
     items = load_items(arguments.data)
     with ExitStack() as stack:
-        listener = None
-        if arguments.model:
-            listener = _listener(arguments, _model(arguments, stack))
+        listener = _listener(arguments, _model(arguments, stack)) if arguments.model else None
+        described = listener.describe() if listener else "people"
         found = fit_games(
             items, listener=listener, step=arguments.step, folds=arguments.folds,
             seed=arguments.seed,
@@ -454,7 +454,13 @@ def _fit(arguments: argparse.Namespace) -> int:
         ("held out", found.cv_log_likelihood, found.cv_baseline),
     ):
         print(f"{name:20} {ours / used:10.4f} {base / used:10.4f}")
-    _write(arguments, dataclasses.asdict(found))
+    settings = {
+        "data": Path(arguments.data).name,
+        "listener": described,
+        "step": arguments.step,
+        "seed": arguments.seed,
+    }
+    _write(arguments, {**settings, **dataclasses.asdict(found)})
     return 0
 
 

@@ -96,7 +96,7 @@ def play(
     random = Random(seed)
     score = Score()
     deck: list[Scale] = []
-    say(f"{rounds} rounds; q ends the game.")
+    say(f"{rounds} round{'s' * (rounds > 1)}; q ends the game.")
     try:
         for number in range(rounds):
             deck = deck or random.sample(list(scales), len(scales))
