@@ -244,10 +244,16 @@ class TestPeople:
         assert tables[0].rows[0][0] == "humans"
         assert tables[0].rows[0][1].startswith("7.23 (")
         assert [row[0] for row in tables[1].rows[1:]] == [
-            "RSA, alpha 1", "difference, alpha 1", "RSA, alpha 2", "difference, alpha 2",
-        ]  # fmt: skip
-        assert len(notes) == 2
-        assert all("the error of their mean" in note for note in notes)
+            f"{prefix}alpha {alpha}{rest}"
+            for alpha in (1, 2)
+            for prefix, rest in (
+                ("RSA, ", ""),
+                ("", ", less literal"),
+                ("", ", less silence alone"),
+            )
+        ]
+        assert len(notes) == 3
+        assert all("the error of their mean" in note for note in notes[:2])
 
     def test_verdicts(self):
         def note(low, high):

@@ -308,13 +308,21 @@ def _human(items: list[Item]) -> tuple[list[Table], list[str]]:
     for entry in rsa["pragmatic"]:
         alpha = f"alpha {entry['alpha']:g}"
         rows.append([f"RSA, {alpha}", *(_written(entry[m]) for m in METRICS)])
-        rows.append([f"difference, {alpha}", *(_written(entry["difference"][m]) for m in METRICS)])
+        for key, name in (("difference", "less literal"), ("contrast", "less silence alone")):
+            rows.append([f"{alpha}, {name}", *(_written(entry[key][m]) for m in METRICS)])
     pragmatic = Table(
-        "RSA on top of half of the people, judged by the target and by the other half",
+        "RSA on top of half of the people, judged by the target and by the other half (silence "
+        "alone: RSA whose only alternative to the clue is to say nothing)",
         ["listener", *(_COLUMNS[m] for m in METRICS)],
         rows,
     )
-    return [ceilings, pragmatic], [_people_note(entry) for entry in rsa["pragmatic"]]
+    notes = [
+        *(_people_note(entry) for entry in rsa["pragmatic"]),
+        "People answered knowing that the clue was chosen to help: their answers are no literal "
+        "meaning, and RSA on top reasons a second time. Alpha alone flattens or sharpens; what the "
+        "other clue of the scale adds is in the rows 'less silence alone'.",
+    ]
+    return [ceilings, pragmatic], notes
 
 
 _COLUMNS = {

@@ -255,8 +255,7 @@ def _speakers(
 def _judged(speaker: Speaker, items: Sequence[Item], judge: Listener, seed: int) -> Columns:
     """Return the errors of every task, `[N]` each."""
     report = evaluate_speaker(speaker, items, judge=judge, seed=seed, resamples=2)
-    names = [*METRICS, *(f"base_{name}" for name in METRICS)]
-    return {name: np.array([row[name] for row in report.rows]) for name in names}
+    return {name: np.array([row[name] for row in report.rows]) for name in METRICS}
 
 
 def _averages(found: Mapping[str, Columns]) -> dict[str, Row]:
@@ -280,13 +279,14 @@ def _curve(
     changed = 0.0
     for k in settings.curve:
         direct = _sampling(model, k)
+        base = _judged(direct, items, judge, seed)["mean_error"]
+        curve["direct"].append(float(base.mean()))
         for alpha in settings.alphas:
-            found = _judged(RSASpeaker(direct, listener, alpha=alpha), items, judge, seed)
-            curve.setdefault(f"RSA, alpha {alpha:g}", []).append(float(found["mean_error"].mean()))
+            speaker = RSASpeaker(direct, listener, alpha=alpha)
+            error = _judged(speaker, items, judge, seed)["mean_error"]
+            curve.setdefault(f"RSA, alpha {alpha:g}", []).append(float(error.mean()))
             if k == settings.curve[0]:
-                gap = np.abs(found["mean_error"] - found["base_mean_error"])
-                changed = max(changed, float(gap.max()))
-        curve["direct"].append(float(found["base_mean_error"].mean()))
+                changed = max(changed, float(np.abs(error - base).max()))
     return curve, changed
 
 

@@ -14,7 +14,7 @@ from wavelength_rsa.scales import HIGH, LOW, Distribution, Scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 # Okabe and Ito's palette; markers tell the series apart without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -38,7 +38,7 @@ def _axes(ax: "Axes | None", width: float = 6.4, height: float = 4.0) -> "Axes":
     return axes
 
 
-def save(figure: "Figure", path: str | os.PathLike[str]) -> Path:
+def save(figure: "Figure | SubFigure", path: str | os.PathLike[str]) -> Path:
     """Write a figure with 150 dots per inch; the ending of `path` names the format.
 
     Raises:
@@ -48,7 +48,7 @@ def save(figure: "Figure", path: str | os.PathLike[str]) -> Path:
     if not target.parent.is_dir():
         raise UserError(f"cannot write {str(target)!r}: its folder does not exist; make it first")
     try:
-        figure.savefig(target, dpi=150)
+        figure.figure.savefig(target, dpi=150)
     except ValueError as error:
         raise UserError(f"cannot write {str(target)!r}: {error}") from error
     return target

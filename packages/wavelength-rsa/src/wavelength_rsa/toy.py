@@ -236,9 +236,10 @@ class World:
         tokenizer = self.tokenizer()
         model = tiny_llama(len(tokenizer), kv_heads=4, seed=seed, tie_word_embeddings=True)
         texts = [f"{line} {tokenizer.eos_token}" for line in self.lines(lines, seed)]
-        rows = tokenizer(texts, return_tensors="pt", padding=True).input_ids
+        encoded = tokenizer(texts, return_tensors="pt", padding=True)
+        labels = encoded.input_ids.masked_fill(encoded.attention_mask == 0, -100)
         order = torch.Generator().manual_seed(seed)
-        _fit(model, rows, tokenizer.pad_token_id, steps, batch_size, learning_rate, order)
+        _fit(model, encoded.input_ids, labels, steps, batch_size, learning_rate, order)
         found = TransformersModel(model, tokenizer, batch_size=512)
         found.name = f"toy model {seed} ({steps} steps)"
         return found
@@ -247,7 +248,7 @@ class World:
 def _fit(
     model: "PreTrainedModel",
     rows: "torch.Tensor",
-    pad: int,
+    labels: "torch.Tensor",
     steps: int,
     batch_size: int,
     learning_rate: float,
@@ -262,8 +263,8 @@ def _fit(
     )
     model.train()
     for _ in range(steps):
-        batch = rows[torch.randint(len(rows), (batch_size,), generator=order)]
-        loss = model(batch, labels=batch.masked_fill(batch == pad, -100)).loss
+        batch = torch.randint(len(rows), (batch_size,), generator=order)
+        loss = model(rows[batch], labels=labels[batch]).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
