@@ -59,6 +59,7 @@ class ToySettings:
 
     Attributes:
         steps: Training steps of the two models.
+        lines: Lines of each model's corpus.
         weak_steps: Training steps of the listener that has seen too little.
         clues: Clues of each scale.
         num_candidates: k, clues sampled for a target.
@@ -68,6 +69,7 @@ class ToySettings:
     """
 
     steps: int = 1200
+    lines: int = 60_000
     weak_steps: int = 50
     clues: int = 20
     num_candidates: int = 32
@@ -132,10 +134,10 @@ def run_experiment(seed: int = 0, settings: ToySettings | None = None) -> Run:
     world = World.make(seed, clues=settings.clues)
     logger.info("seed %d: training", seed)
     models = (
-        world.train(seed, steps=settings.steps),
-        world.train(seed + _SECOND, steps=settings.steps),
-        world.train(seed, steps=settings.weak_steps),
-        world.train(seed, steps=0),
+        world.train(seed, steps=settings.steps, lines=settings.lines),
+        world.train(seed + _SECOND, steps=settings.steps, lines=settings.lines),
+        world.train(seed, steps=settings.weak_steps, lines=settings.lines),
+        world.train(seed, steps=0, lines=1),
     )
     logger.info("seed %d: speaking and listening", seed)
     # The same questions come up under many settings: each is answered once.
