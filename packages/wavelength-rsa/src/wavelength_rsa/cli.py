@@ -530,12 +530,14 @@ def _loaded(
         check_output_file(arguments.cache)
     template = None if arguments.thinking else {"enable_thinking": False}
     server = backend == "server" or spec.startswith(("http://", "https://"))
-    options: dict[str, Any] = {"model": name}
+    options: dict[str, Any] = {}
     if server:
-        options |= {"api_key_env": arguments.api_key_env}
+        options = {"model": name, "api_key_env": arguments.api_key_env}
+    elif name:
+        raise UserError(f"a model's name ({name!r}) is for a server; {spec!r} is the model itself")
     else:
         _quiet_libraries()
-        options |= {
+        options = {
             "dtype": arguments.dtype,
             "template_options": template,
             "trust_remote_code": arguments.trust_remote_code,

@@ -94,6 +94,10 @@ class Report:
                 {name: _number(x) for name, x in values.pop(key).items()}
                 for key in ("scalars", "references")
             )
+            for row in values["rows"]:
+                _row_key(row)
+            if values["task"] not in ("listener", "speaker"):
+                raise ValueError(f"task {values['task']!r}")
             return cls(**values, summary=summary, scalars=scalars, references=references)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error

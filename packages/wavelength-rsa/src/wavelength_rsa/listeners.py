@@ -424,7 +424,7 @@ class Draw(Generic[T]):
 
     def error(self, what: str) -> UserError:
         """Return the error that says that no reply was usable."""
-        shown = "; ".join(f"{text:.200}" if len(text) > 200 else repr(text) for text in self.shown)
+        shown = "; ".join(repr(text[:200]) for text in self.shown)  # no control characters
         return UserError(
             f"none of {self.drawn} replies {what} ({self.cut_off} were cut off at max_tokens). "
             f"The first: {shown}. Use a model that follows instructions, more max_tokens, or for a "
