@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.tokenizer = word_tokenizer([*WORDS, *MARKS])
-        self.network = tiny_llama(
+        self.network: Any = tiny_llama(
             len(self.tokenizer), hidden=256, layers=4, max_position_embeddings=1024
         )
         self.model = TransformersModel(self.network, self.tokenizer, batch_size=SAMPLES)
@@ -125,7 +126,9 @@ class Bench:
         self.pairs = [(prompt, answer) for prompt in self.prompts for answer in self.answers]
         self.rows = [self.tokenizer(prompt + answer)["input_ids"] for prompt, answer in self.pairs]
         self.start = len(self.tokenizer(self.prompts[0])["input_ids"])
-        self.harness = harness(self.network, self.tokenizer) if is_available("lm_eval") else None
+        self.harness: Any = (
+            harness(self.network, self.tokenizer) if is_available("lm_eval") else None
+        )
 
     def groups(self) -> list[tuple[str, str, str, Calls]]:
         """Name, size, the peer to compare with and the calls, ours first."""
@@ -196,7 +199,7 @@ class Bench:
                 logits_processor=LogitsProcessorList([Drawn(stream_seed(0, 0, k))]),
             )
             new = self.tokenizer.decode(sequence[0, ids.shape[1] - 1 :], skip_special_tokens=True)
-            found.append(new[new.find(" ") :] if " " in new else "")
+            found.append(str(new).removeprefix(self.prompts[0].split()[-1]))
         return found
 
     def counted(self, call: Callable[[], list]) -> tuple[list, int]:
@@ -218,7 +221,7 @@ class Drawn(LogitsProcessor):
     def __init__(self, seed: int) -> None:
         self.stream = Random(seed)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
         """Give -inf to all other tokens."""
         heap = scores.double().softmax(-1).cumsum(-1)
         chosen = int((heap[0] <= self.stream.random() * heap[0, -1]).sum())
@@ -227,7 +230,7 @@ class Drawn(LogitsProcessor):
         return only
 
 
-def harness(network: object, tokenizer: object) -> object:
+def harness(network: Any, tokenizer: Any) -> Any:
     """lm-eval's model around a network."""
     import logging
 

@@ -124,9 +124,10 @@ def _split(cache: Any, lengths: list[int]) -> list[DynamicCache]:
 def _like(cache: DynamicCache, tensor: Callable[[int, str], torch.Tensor]) -> DynamicCache:
     """A cache of the same make with other keys and values."""
     made = copy.copy(cache)
-    made.layers = [copy.copy(layer) for layer in cache.layers]
-    for number, layer in enumerate(made.layers):
+    layers: list[Any] = [copy.copy(layer) for layer in cache.layers]
+    for number, layer in enumerate(layers):
         layer.keys, layer.values = tensor(number, "keys"), tensor(number, "values")
+    made.layers = layers
     return made
 
 
@@ -145,5 +146,6 @@ def _kind(cache: Any, tokens: int) -> Literal["padded", "alone", "none"]:
         return "none"
     if cache.get_seq_length() != tokens:
         return "none"  # it holds more, such as the tokens of prompt tuning
-    filled = all(layer.is_initialized for layer in cache.layers)
+    layers: list[Any] = cache.layers
+    filled = all(layer.is_initialized for layer in layers)
     return "padded" if kinds == {DynamicLayer} and filled else "alone"
