@@ -67,19 +67,18 @@ def _ms(value: float) -> str:
 
 
 def demo_table(path: Path) -> str:
-    """The demo's claims and its first table."""
+    """The demo's speakers, the error by number of clues, and the claims."""
     result = Result.load(path)
     claims = [
         [c.name, c.claimed, f"{c.measured:.4g}", c.expected, "PASS" if c.passed else "FAIL"]
         for c in result.claims
     ]
-    first = result.tables[0]
+    parts = [f"{result.summary} Seeds {', '.join(map(str, result.seeds))}."]
+    for one in result.tables[1:3]:
+        cells = [[_cell(x) for x in row] for row in one.rows]
+        parts += [f"{one.title}:", table(one.columns, cells)]
     return "\n\n".join(
-        [
-            f"{first.title}; seeds {', '.join(map(str, result.seeds))}:",
-            table(first.columns, [[_cell(x) for x in row] for row in first.rows]),
-            table(["claim", "claimed", "measured", "expected", "result"], claims),
-        ]
+        [*parts, table(["claim", "claimed", "measured", "expected", "result"], claims)]
     )
 
 
