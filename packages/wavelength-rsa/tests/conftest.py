@@ -47,7 +47,7 @@ def data_folder() -> Path:
 CLUES = ("warm", "lukewarm", "boiling", "freezing", "75", "hot")
 TEMPLATE = (
     "{% for m in messages %}<bos> {{ m.role }}: {{ m.content }} <eos> {% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% if add_generation_prompt %}<bos> assistant: {% endif %}"
 )
 
 
@@ -65,7 +65,7 @@ def bigram_player(folder: Path, *, chat: bool = True) -> Path:
     tokenizer = word_tokenizer([*answers, *clues, "assistant:", "Reply:"])
     if chat:
         tokenizer.chat_template = TEMPLATE
-    size = -(-len(tokenizer) // 8) * 8
+    size = -(-len(tokenizer) // 128) * 128  # of each head 32 or a multiple, as vLLM wants it
     model = tiny_llama(
         len(tokenizer), hidden=size, heads=4, kv_heads=4, layers=1, max_position_embeddings=8192,
         tie_word_embeddings=False,

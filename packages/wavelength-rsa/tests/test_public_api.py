@@ -47,8 +47,8 @@ HEAVY = (
 )  # fmt: skip
 MODULES = (
     "cache", "cli", "data", "demo", "evaluate", "experiment", "fitting", "human", "listeners",
-    "metrics", "parsing", "play", "plots", "prompts", "reference", "rerank", "rsa", "rules", "scales",
-    "speakers", "toy",
+    "metrics", "parsing", "play", "plots", "prompts", "reference", "rerank", "rsa", "rules",
+    "scales", "speakers", "toy",
 )  # fmt: skip
 
 
