@@ -198,14 +198,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 64  # with the default of 5 a client waits a second for its turn
+    daemon_threads = True
+
+
 @pytest.fixture
 def start_server() -> Iterator[Callable[[], FakeServer]]:
     """A function that starts one more FakeServer, whose `url` is its address."""
     running = []
 
     def start() -> FakeServer:
-        server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        server.daemon_threads = True
+        server: Any = _Server(("127.0.0.1", 0), _Handler)
         server.handle_error = lambda *args: None  # who is interrupted hangs up
         server.fake = FakeServer()
         server.fake.url = f"http://127.0.0.1:{server.server_port}"
