@@ -5,9 +5,9 @@ import pytest
 
 from tenfold_common.errors import UserError
 from wavelength_rsa.data import Item, load_items, random_halves
-from wavelength_rsa.fitting import fit_games
+from wavelength_rsa.fitting import fit_games, fit_rsa
 from wavelength_rsa.listeners import TableListener
-from wavelength_rsa.rsa import RSA, fit_rsa
+from wavelength_rsa.rsa import RSA
 from wavelength_rsa.scales import Scale, project
 
 STEP = 20

@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenfold_common.errors import UserError
+from wavelength_rsa.fitting import FitResult, fit_rsa
 from wavelength_rsa.reference import (
     naive_listener,
     naive_metric_speaker,
     naive_production,
     naive_trace,
 )
-from wavelength_rsa.rsa import RSA, FitResult, Utility, fit_rsa, production
+from wavelength_rsa.rsa import RSA, Utility, production
 
 BARE = RSA(null=None)
 Null = Literal["uniform"] | None

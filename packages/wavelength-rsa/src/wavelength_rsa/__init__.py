@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from wavelength_rsa.cache import CachedModel
     from wavelength_rsa.data import Item, human_baseline, load_items, save_items
     from wavelength_rsa.evaluate import Report, compare, evaluate_listener, evaluate_speaker
+    from wavelength_rsa.fitting import fit_rsa
     from wavelength_rsa.listeners import Listener, LogprobListener, SamplingListener, TableListener
     from wavelength_rsa.prompts import WavelengthPrompts, prompts_for
     from wavelength_rsa.rerank import PragmaticReranker, pragmatic_rerank
-    from wavelength_rsa.rsa import RSA, fit_rsa
+    from wavelength_rsa.rsa import RSA
     from wavelength_rsa.rules import Rules, check_clue
     from wavelength_rsa.scales import Distribution, Scale, grid
     from wavelength_rsa.speakers import RSAListener, RSASpeaker, SamplingSpeaker, Speaker
@@ -25,10 +26,11 @@ _MODULES = {
     "cache": "CachedModel",
     "data": "Item human_baseline load_items save_items",
     "evaluate": "Report compare evaluate_listener evaluate_speaker",
+    "fitting": "fit_rsa",
     "listeners": "Listener LogprobListener SamplingListener TableListener",
     "prompts": "WavelengthPrompts prompts_for",
     "rerank": "PragmaticReranker pragmatic_rerank",
-    "rsa": "RSA fit_rsa",
+    "rsa": "RSA",
     "rules": "Rules check_clue",
     "scales": "Distribution Scale grid",
     "speakers": "RSAListener RSASpeaker SamplingSpeaker Speaker",

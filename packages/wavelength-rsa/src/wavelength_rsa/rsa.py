@@ -16,7 +16,8 @@ limit: the best utterance, ties (to 1e-12) shared as the prior shares them.
 """
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast, get_args
@@ -36,6 +37,8 @@ Utility = Literal["log_prob", "neg_expected_distance", "neg_w1"]
 
 SUM_TOLERANCE = 1e-6
 TIE_TOLERANCE = 1e-12
+BLOCK = 2**17
+ORDINARY = 230.0  # exp(+-230) = 1e+-100; what 1e100 times an exponential below 1e-308 adds is lost
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,15 +185,13 @@ class RSA:
     ) -> list[Level[Either]]:
         """Return all levels from L0 to S_depth and L_depth; see `log_speaker` for arguments."""
         names = ["L0", *(f"{who}{d}" for d in range(1, self.depth + 1) for who in "SL")]
-        game = _game(self, log_l0, mask)
-        levels = zip(names, _levels(game, self.alpha), strict=False)
-        return [Level(name, _like(log_l0, game.show(level))) for name, level in levels]
+        levels = _compute(_game(self, log_l0, mask), self.alpha, range(len(names)))
+        return [Level(n, _like(log_l0, level)) for n, level in zip(names, levels, strict=True)]
 
     def _level(
         self, index: int, log_l0: Either, mask: "ArrayLike | Tensor | None", keep_null: bool
     ) -> Either:
-        game = _game(self, log_l0, mask)
-        level = game.show(_level(game, self.alpha, index))
+        (level,) = _compute(_game(self, log_l0, mask), self.alpha, [index])
         return _like(log_l0, level if keep_null or self.null is None else level[..., :-1, :])
 
 
@@ -239,7 +240,8 @@ def production(
     _check_alpha(alpha)
     _check_prior_weight(lam)
     weight = _weight(prior, lam, cost, real=utility == utility, null=False, name="prior")
-    speaker, _, total = _speak(utility[:, None], weight, alpha)
+    pull = _pull(utility[:, None], weight, alpha)
+    speaker, total = _speak(pull, pull.exp(), weight)
     if total.isneginf().any():
         raise UserError(
             "the listener gives every candidate's target probability 0; smooth its distributions "
@@ -254,87 +256,140 @@ def production(
 
 @dataclass(frozen=True, eq=False)
 class _Game:
-    """Checked inputs: m utterances, the null one included, and n states; float64.
+    """Inputs in float64 for m utterances, the null one included, and n states."""
 
-    A padded utterance means every state alike and is never said. What a listener makes of it is
-    finite, so that no gradient is NaN, and hidden by `show`.
-    """
-
-    log_l0: "Tensor"  # [..., m, n]
+    given: "Tensor"  # [..., m, n] without the null utterance, log L0(t|u), not yet checked
     weight: "Tensor"  # [..., m, 1], lam log P(u) - cost(u); -inf: never said
     log_prior: "Tensor"  # [..., 1, n], log P(t)
-    real: "Tensor | None"  # [..., m, 1], False for padding; None: all real
+    real: "Tensor"  # [..., m, 1], False for padding
     distance: "Tensor | None"  # [n, n], |t' - t| / tau
 
-    def show(self, level: "Tensor") -> "Tensor":
-        """Return a level with padded rows of -inf."""
-        return level if self.real is None else _fill(level, self.real, -math.inf)
+    def blocks(self, size: int) -> "Iterator[_Game]":
+        """Yield the games of a batch, `size` at a time, `[size, m, n]`."""
+        parts = (
+            x.flatten(0, -3).split(size)
+            for x in (self.given, self.weight, self.log_prior, self.real)
+        )
+        for part in zip(*parts, strict=True):
+            yield _Game(*part, self.distance)
+
+
+def _compute(game: _Game, alpha: "float | Tensor", wanted: Sequence[int]) -> "list[Tensor]":
+    """Return the wanted ones of `_levels`.
+
+    Where no gradient needs all of it in memory a batch is computed in blocks that fit the cache.
+    """
+    import torch
+
+    def compute(game: _Game) -> "list[Tensor]":
+        levels = enumerate(islice(_levels(game, alpha), wanted[-1] + 1))
+        return [level for i, level in levels if i in wanted]
+
+    *batch, m, _ = game.weight.shape
+    n = game.log_prior.shape[-1]
+    size = max(1, BLOCK // (m * n))
+    games = math.prod(batch)
+    gradient = torch.is_grad_enabled() and (
+        game.given.requires_grad or getattr(alpha, "requires_grad", False)
+    )
+    if games <= size or gradient or game.given.is_cuda:
+        return compute(game)
+    # numpy asks for huge pages, torch does not
+    results = [torch.from_numpy(np.empty((games, m, n))) for _ in wanted]
+    with suppress(UserError):
+        for i, block in enumerate(game.blocks(size)):
+            for result, level in zip(results, compute(block), strict=True):
+                result[i * size : (i + 1) * size] = level
+        return [result.view(*batch, m, n) for result in results]
+    return compute(game)  # fails as well, and knows where in the batch
 
 
 def _levels(game: _Game, alpha: "float | Tensor") -> "Iterator[Tensor]":
-    """Yield log L0, S1, L1, S2, ... without end, each `[..., m, n]`."""
-    listener = game.log_l0
+    """Yield log L0, S1, L1, S2, ... without end, each `[..., m, n]`; padded rows are -inf.
+
+    Exponentials take most of the time, so those of the check of L0 serve the speaker as well, and
+    those of a speaker its listener.
+    """
+    listener, probs = _literal(game)
     for depth in count(1):
         yield listener
-        utility = listener if game.distance is None else -(listener.exp() @ game.distance)
-        speaker, pull, total = _speak(utility, game.weight, alpha)
+        if depth > 1:
+            probs = listener.exp()
+        utility = listener if game.distance is None else -(probs @ game.distance)
+        pull = _pull(utility, game.weight, alpha)
+        strength = probs if pull is listener else pull.exp()
+        speaker, total = _speak(pull, strength, game.weight)
         _check_reachable(total, depth)
         yield speaker
-        listener = _listen(pull, total, game.log_prior, infinite=_number(alpha) == math.inf)
+        if _number(alpha) == math.inf:
+            pull = _pull_of_the_nearest(utility, game)
+            strength = pull.exp()
+        listener = _listen(pull, strength, game.log_prior - total, game.real)
 
 
-def _level(game: _Game, alpha: "float | Tensor", index: int) -> "Tensor":
-    return next(islice(_levels(game, alpha), index, None))
-
-
-def _speak(
-    utility: "Tensor", weight: "Tensor", alpha: "float | Tensor"
-) -> "tuple[Tensor, Tensor, Tensor]":
-    """Return log S(u|t), the pull alpha U(u, t) and the normaliser over utterances `[..., 1, n]`.
-
-    For alpha = inf the pull is how far U(u, t) lies behind the best utterance for t: in the limit
-    it decides before all weights do.
-    """
+def _literal(game: _Game) -> "tuple[Tensor, Tensor]":
+    """Return log L0 with the null utterance, checked, and L0."""
     import torch
 
+    logs = game.given
+    *batch, m, n = logs.shape
+    if not game.real.all():
+        logs = _fill(logs, game.real[..., :m, :], -math.inf)
+    if m < game.real.shape[-2]:
+        logs = torch.cat([logs, logs.new_full((*batch, 1, n), -math.log(n))], dim=-2)
+    probs = logs.exp()
+    _check_rows(logs[..., :m, :], probs[..., :m, :], game.real[..., :m, 0])
+    return logs, probs
+
+
+def _pull(utility: "Tensor", weight: "Tensor", alpha: "float | Tensor") -> "Tensor":
+    """Return alpha U(u, t); for alpha = inf 0 for the best utterances that can be said, else -inf.
+
+    In the limit it decides before all weights do.
+    """
     if _number(alpha) < math.inf:
-        pull = _times(alpha, utility)
-        logits = pull + weight
-    else:
-        possible = torch.where(weight.isneginf(), weight, utility)
-        best = possible.amax(-2, keepdim=True)
-        pull = utility - torch.where(best.isneginf(), 0.0, best)
-        chosen = (possible >= best - TIE_TOLERANCE) & ~possible.isneginf()
-        logits = torch.where(chosen, weight, -math.inf)
-    total = _logsumexp(logits, -2)
-    return logits - total, pull, total
+        return _times(alpha, utility)
+    return _largest(_fill(utility, ~weight.isneginf(), -math.inf), -2)
 
 
-def _listen(pull: "Tensor", total: "Tensor", log_prior: "Tensor", infinite: bool) -> "Tensor":
+def _pull_of_the_nearest(utility: "Tensor", game: _Game) -> "Tensor":
+    """Return what alpha = inf tells a listener: 0 where u is least behind the best, else -inf."""
+    best = _fill(utility, ~game.weight.isneginf(), -math.inf).amax(-2, keepdim=True)
+    behind = utility - _fill(best, ~best.isneginf(), 0.0)
+    return _largest(_fill(behind, ~game.log_prior.isneginf(), -math.inf), -1)
+
+
+def _largest(values: "Tensor", dim: int) -> "Tensor":
+    """Return 0 at the largest values along `dim`, -inf elsewhere."""
+    largest = (values >= values.amax(dim, keepdim=True) - TIE_TOLERANCE) & ~values.isneginf()
+    return _fill(values.new_zeros(()), largest, -math.inf)
+
+
+def _speak(pull: "Tensor", strength: "Tensor", weight: "Tensor") -> "tuple[Tensor, Tensor]":
+    """Return log S(u|t) and its normaliser `[..., 1, n]`, where strength = exp(pull)."""
+    total = (weight.exp().mT @ strength).log()
+    if not _exact(total, weight):
+        total = (pull + weight).logsumexp(-2, keepdim=True)
+    return pull - total + weight, total
+
+
+def _listen(pull: "Tensor", strength: "Tensor", evidence: "Tensor", real: "Tensor") -> "Tensor":
     """Return log L(t|u) = log of S(u|t) P(t), normalised over states.
 
     The weight of u is the same for all states and cancels, so it is left out: an utterance that is
-    never said can be understood all the same.
+    never said can be understood all the same. The evidence `[..., 1, n]` is P(t) over the
+    normaliser of the speaker.
     """
-    import torch
-
-    evidence = log_prior - total
-    if infinite:
-        pull = torch.where(log_prior.isneginf(), -math.inf, pull)
-        nearest = pull >= pull.amax(-1, keepdim=True) - TIE_TOLERANCE
-        evidence = torch.where(nearest & ~pull.isneginf(), evidence, -math.inf)
-    else:
-        evidence = evidence + pull
-    total = _logsumexp(evidence, -1)
+    total = _fill(strength @ evidence.exp().mT, real, 1.0).log()
+    if not _exact(total, evidence):
+        total = _fill(pull + evidence, real, 0.0).logsumexp(-1, keepdim=True)
     _check_understood(total)
-    return evidence - total
+    return pull + evidence - _fill(total, real, math.inf)
 
 
-def _logsumexp(logs: "Tensor", dim: int) -> "Tensor":
-    """Return the logarithm of the sum; shifted by the maximum only where exponentials need it."""
-    total = logs.exp().sum(dim, keepdim=True).log()
-    safe = (total.detach().abs() < 600.0).all()  # exp(-745) is 0, exp(709) is the largest
-    return total if safe else logs.logsumexp(dim, keepdim=True)
+def _exact(total: "Tensor", weight: "Tensor") -> bool:
+    """Whether a sum of weighted exponentials needed no shift by the maximum."""
+    return bool((total.detach().abs() < ORDINARY).all() and (weight.detach() < ORDINARY).all())
 
 
 def _times(factor: "float | Tensor", logs: "Tensor") -> "Tensor":
@@ -364,13 +419,9 @@ def _game(rsa: RSA, log_l0: "Array | Tensor", mask: "ArrayLike | Tensor | None")
         )
     *batch, m, n = logs.shape
     real = _mask(mask, torch.Size([*batch, m]), logs.device)
-    if mask is not None:
-        logs = _fill(logs, real[..., None], -math.log(n))
-    _check_rows(logs)
     null = rsa.null is not None
     weight = _weight(rsa.utterance_prior, rsa.prior_weight, rsa.cost, real, null, "utterance_prior")
     if null:
-        logs = torch.cat([logs, logs.new_full((*batch, 1, n), -math.log(n))], dim=-2)
         real = torch.cat([real, real.new_ones(*batch, 1)], dim=-1)
     if weight.isneginf().all(-2).any():
         raise UserError(
@@ -380,10 +431,10 @@ def _game(rsa: RSA, log_l0: "Array | Tensor", mask: "ArrayLike | Tensor | None")
     states = torch.Size([*batch, n])
     prior = _weights("state_prior", rsa.state_prior, states, logs.device)
     return _Game(
-        log_l0=logs,
+        given=logs,
         weight=weight,
         log_prior=(prior / prior.sum(-1, keepdim=True)).log()[..., None, :],
-        real=None if mask is None else real[..., None],
+        real=real[..., None],
         distance=_distance(rsa, logs),
     )
 
@@ -433,11 +484,10 @@ def _check_prior_weight(lam: float) -> None:
         raise UserError(f"prior_weight (lam) must be a finite number of at least 0, not {lam!r}")
 
 
-def _check_rows(logs: "Tensor") -> None:
+def _check_rows(logs: "Tensor", probs: "Tensor", real: "Tensor") -> None:
     """Refuse what is not a matrix of log-probabilities with rows that sum to 1."""
-    logs = logs.detach()
-    sums = logs.exp().sum(-1)
-    good = _is_one(sums)
+    sums = probs.detach().sum(-1)
+    good = _is_one(sums) | ~real
     if good.all():
         return
     row = tuple((~good).nonzero()[0].tolist())
@@ -566,271 +616,3 @@ def _distance(rsa: RSA, logs: "Tensor") -> "Tensor | None":
             f"{rsa.positions!r}"
         )
     return (positions[:, None] - positions[None, :]).abs() / rsa.tau
-
-
-# --------------------------------------------------------------------------------------------------
-# Fitting alpha
-
-
-@dataclass(frozen=True)
-class Fold:
-    """What one fold of the cross-validation held out.
-
-    Attributes:
-        alpha: Fitted to the other folds.
-        groups: Number of groups held out.
-        log_likelihood: Of the held-out responses, in nats.
-        baseline_log_likelihood: The same under the literal listener.
-    """
-
-    alpha: float
-    groups: int
-    log_likelihood: float
-    baseline_log_likelihood: float
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """The alpha that fits human listeners best; log-likelihoods are sums over responses, in nats.
-
-    Attributes:
-        alpha: The maximum-likelihood estimate.
-        low: Lower end of its 95% interval, by a bootstrap over groups. NaN with one group only.
-        high: Upper end.
-        log_likelihood: Of all responses at `alpha`.
-        baseline_log_likelihood: Of all responses under the literal listener L0, nothing fitted.
-        cv_log_likelihood: Of responses held out, sum over folds. NaN with one group only.
-        cv_baseline: The literal listener on the same responses.
-        folds: The folds.
-        curve: Pairs (alpha, log-likelihood) of the grid.
-        at_bound: Whether the best alpha is an end of the grid, so that it may lie beyond.
-    """
-
-    alpha: float
-    low: float
-    high: float
-    log_likelihood: float
-    baseline_log_likelihood: float
-    cv_log_likelihood: float
-    cv_baseline: float
-    folds: tuple[Fold, ...]
-    curve: tuple[tuple[float, float], ...]
-    at_bound: bool
-
-
-def fit_rsa(
-    log_l0s: Sequence[Array],
-    heard: Sequence[int],
-    human: Sequence[ArrayLike],
-    groups: Sequence[Hashable],
-    *,
-    rsa: RSA | None = None,
-    alphas: ArrayLike | None = None,
-    folds: int = 10,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> FitResult:
-    """Fit alpha of a pragmatic listener to human responses by maximum likelihood.
-
-    The sum over games of human(t) log L(t|heard) is maximised on a grid of alphas, then between the
-    neighbours of the best one by L-BFGS-B on log alpha. The bootstrap refits every resample of
-    groups by a parabola through its best three grid points.
-
-    Args:
-        log_l0s: N matrices `[m_i, n]`, the literal listener of each game, the utterance heard among
-            the alternatives once.
-        heard: `[N]`, the row of the utterance heard.
-        human: N arrays `[n]`, how many people chose each state; counts, may be fractional.
-        groups: `[N]`, keys: games of one group are resampled and held out together, such as those
-            of one concept pair.
-        rsa: All other settings; its alpha is not used. Defaults to `RSA()`. A cost or a prior of
-            utterances for games of different m is `[N, m]`, padded with any valid number.
-        alphas: The grid, ascending and > 0. Defaults to 37 steps from 1/64 to 64.
-        folds: Number of folds, >= 2; at most the number of groups is used.
-        resamples: Number of bootstrap resamples.
-        seed: Draws folds and resamples.
-
-    Returns:
-        See `FitResult`.
-
-    Raises:
-        UserError: lengths differ, a value is out of range, or people chose a state that the
-            listener gives probability 0.
-    """
-    import torch
-
-    rsa = RSA() if rsa is None else rsa
-    grid = np.geomspace(1 / 64, 64, 37) if alphas is None else np.asarray(alphas, dtype=np.float64)
-    _check_fit(rsa, grid, folds, resamples)
-    game, rows, counts = _padded_games(rsa, log_l0s, heard, human, groups)
-    numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
-    codes = np.array([numbers[group] for group in groups])
-
-    def likelihoods(listener: "Tensor") -> "Tensor":
-        logs = listener[torch.arange(len(rows)), rows]
-        return (counts * torch.where(counts > 0, logs, 0.0)).sum(-1)  # [N]; 0 log 0 = 0
-
-    def at(alpha: "float | Tensor") -> "Tensor":
-        return likelihoods(_level(game, alpha, 2 * rsa.depth))
-
-    literal = likelihoods(game.log_l0).numpy()
-    curve = np.stack([at(float(alpha)).numpy() for alpha in grid])  # [A, N]
-    if not np.isfinite(curve).all():
-        i = int(np.argwhere(~np.isfinite(curve))[0, 1])
-        raise UserError(
-            f"people chose a state in game {i} that the listener gives probability 0, so no alpha "
-            f"explains it; smooth log_l0s[{i}] or give every state some state_prior"
-        )
-
-    def fit(chosen: NDArray[np.bool_]) -> float:
-        weights = torch.from_numpy(chosen.astype(np.float64))
-        best = int((curve @ chosen).argmax())
-        ends = np.log(grid[[max(best - 1, 0), min(best + 1, len(grid) - 1)]])
-        return _climb(at, weights, float(np.log(grid[best])), tuple(ends))
-
-    alpha = fit(np.ones(len(rows), dtype=bool))
-    rng = np.random.default_rng(seed)
-    by_group = curve @ np.eye(len(numbers))[codes]  # [A, G]
-    low, high = _bootstrap(by_group, np.log(grid), resamples, rng)
-    parts = _folds(at, fit, literal, codes, folds, rng)
-    return FitResult(
-        alpha=alpha,
-        low=low,
-        high=high,
-        log_likelihood=float(at(alpha).sum()),
-        baseline_log_likelihood=float(literal.sum()),
-        cv_log_likelihood=sum(f.log_likelihood for f in parts) if parts else math.nan,
-        cv_baseline=sum(f.baseline_log_likelihood for f in parts) if parts else math.nan,
-        folds=parts,
-        curve=tuple(zip(grid.tolist(), curve.sum(1).tolist(), strict=True)),
-        at_bound=any(math.isclose(alpha, end, rel_tol=1e-6) for end in (grid[0], grid[-1])),
-    )
-
-
-def _climb(
-    at: "Callable[[float | Tensor], Tensor]",
-    weights: "Tensor",
-    start: float,
-    ends: tuple[float, float],
-) -> float:
-    """Return the alpha with the largest sum of weights * at(alpha), log alpha between the ends."""
-    import torch
-    from scipy.optimize import minimize
-
-    scale = 1.0 / max(1.0, float(-(at(math.exp(start)) @ weights)))
-
-    def loss(log_alpha: Array) -> tuple[float, Array]:
-        x = torch.tensor(log_alpha[0], dtype=torch.float64, requires_grad=True)
-        value = -(at(x.exp()) @ weights) * scale
-        (slope,) = torch.autograd.grad(value, x)
-        return float(value.detach()), np.array([float(slope)])
-
-    found = minimize(
-        loss,
-        [start],
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[ends],
-        options={"ftol": 1e-15, "gtol": 1e-10},
-    )
-    return math.exp(found.x[0])
-
-
-def _bootstrap(
-    curve: Array, log_alphas: Array, resamples: int, rng: np.random.Generator
-) -> tuple[float, float]:
-    """Return the 95% interval of alpha from log-likelihoods `[A, G]` of G resampled groups."""
-    size = curve.shape[1]
-    if size < 2:
-        return math.nan, math.nan
-    totals = rng.multinomial(size, np.full(size, 1.0 / size), size=resamples) @ curve.T  # [R, A]
-    best = totals.argmax(1)
-    middle = best.clip(1, len(log_alphas) - 2)
-    x0, x1, x2 = (log_alphas[middle + i] for i in (-1, 0, 1))
-    y0, y1, y2 = (totals[np.arange(resamples), middle + i] for i in (-1, 0, 1))
-    left, right = (x1 - x0) * (y1 - y2), (x2 - x1) * (y1 - y0)
-    bend = left + right  # > 0 unless the three are level
-    shift = (right * (x2 - x1) - left * (x1 - x0)) / np.where(bend > 0, 2.0 * bend, math.inf)
-    found = np.where(best == middle, x1 + shift, log_alphas[best])
-    low, high = np.exp(np.quantile(found, [0.025, 0.975]))
-    return float(low), float(high)
-
-
-def _folds(
-    at: "Callable[[float], Tensor]",
-    fit: Callable[[NDArray[np.bool_]], float],
-    literal: Array,
-    codes: NDArray[np.int64],
-    folds: int,
-    rng: np.random.Generator,
-) -> tuple[Fold, ...]:
-    size = int(codes.max()) + 1
-    if size < 2:
-        return ()
-    parts = []
-    for part in np.array_split(rng.permutation(size), min(folds, size)):
-        held = np.isin(codes, part)
-        alpha = fit(~held)
-        score = float(at(alpha).numpy()[held].sum())
-        parts.append(Fold(alpha, len(part), score, float(literal[held].sum())))
-    return tuple(parts)
-
-
-def _check_fit(rsa: RSA, grid: Array, folds: int, resamples: int) -> None:
-    if rsa.depth == 0:
-        raise UserError("depth 0 is the literal listener, which has no alpha; use depth=1")
-    ascending = grid.ndim == 1 and len(grid) > 2 and bool((np.diff(grid) > 0).all())
-    if not ascending or not 0 < grid[0] <= grid[-1] < math.inf:
-        raise UserError(
-            f"alphas must be at least 3 finite numbers above 0 in ascending order, not {grid}"
-        )
-    for name, value, least in (("folds", folds, 2), ("resamples", resamples, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UserError(f"{name} must be a whole number of at least {least}, not {value!r}")
-
-
-def _padded_games(
-    rsa: RSA,
-    log_l0s: Sequence[Array],
-    heard: Sequence[int],
-    human: Sequence[ArrayLike],
-    groups: Sequence[Hashable],
-) -> "tuple[_Game, Tensor, Tensor]":
-    """Put all games into one batch: the game, rows heard `[N]` and counts `[N, n]`."""
-    import torch
-
-    size = len(log_l0s)
-    lengths = {"heard": len(heard), "human": len(human), "groups": len(groups)}
-    for name, length in lengths.items():
-        if length != size or not size:
-            raise UserError(
-                f"{name} has {length} entries for {size} games (log_l0s); give one each"
-            )
-    games = [np.asarray(logs, dtype=np.float64) for logs in log_l0s]
-    for i, logs in enumerate(games):
-        if logs.ndim != 2 or logs.shape[1] != games[0].shape[-1]:
-            raise UserError(
-                f"log_l0s[{i}] must be [utterances, states] with the states of log_l0s[0], not of "
-                f"shape {list(logs.shape)}"
-            )
-        if not 0 <= heard[i] < len(logs):
-            raise UserError(f"heard[{i}] is {heard[i]}, but game {i} has {len(logs)} utterances")
-        chosen = np.asarray(human[i], dtype=np.float64)
-        if chosen.shape != logs.shape[1:] or not (np.isfinite(chosen) & (chosen >= 0)).all():
-            raise UserError(
-                f"human[{i}] must be {logs.shape[1]} counts of at least 0, one per state, not "
-                f"{human[i]!r}"
-            )
-    sizes = np.array([len(logs) for logs in games])
-    for name in ("cost", "utterance_prior"):
-        if np.ndim(getattr(rsa, name)) == 1 and len(set(sizes.tolist())) > 1:
-            raise UserError(
-                f"{name} is one list, but the games have {sizes.min()} to {sizes.max()} "
-                "utterances; give [N, m] padded to the largest m"
-            )
-    padded = np.zeros((size, sizes.max(), games[0].shape[1]))
-    for logs, place in zip(games, padded, strict=True):
-        place[: len(logs)] = logs
-    game = _game(rsa, padded, np.arange(sizes.max()) < sizes[:, None])
-    counts = np.array([np.asarray(chosen, dtype=np.float64) for chosen in human])
-    return game, torch.as_tensor(np.array(heard)), torch.from_numpy(counts)
