@@ -52,6 +52,9 @@ def test_panels_and_saving(tmp_path):
     for ax in axes:
         assert plots.distribution_plot({"L0": Distribution.uniform()}, SLOW, ax=ax) is ax
     assert figure.axes == axes
+    plots.distribution_plot({"L0": Distribution.point(30)}, SLOW, ax=axes[0])
+    plots.distribution_plot({"L0": Distribution.uniform()}, SLOW, ax=axes[1])
+    assert [ax.get_ylim() for ax in axes] == [(0, 1.4)] * 2  # nothing is cut off
     path = plots.save(figure, tmp_path / "two.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="does not exist"):

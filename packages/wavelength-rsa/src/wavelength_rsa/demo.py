@@ -368,6 +368,8 @@ def _figures(out_dir: Path, run: Run, settings: ToySettings) -> list[Figure]:
         plots.distribution_plot(
             example.heard, example.scale, target=example.target, ax=ax, title=f'"{example.clue}"'
         )
+    for ax in places[1:]:
+        ax.set_ylabel("")
     plots.save(figure, out_dir / "distributions.png")
     shown = {_LISTENERS[name]: run.means[name] for name in ("itself", "50 steps")}
     plots.save(plots.means_plot(run.means["exact"], shown).figure, out_dir / "listeners.png")

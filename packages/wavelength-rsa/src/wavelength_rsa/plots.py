@@ -133,7 +133,9 @@ def distribution_plot(
     if target is not None:
         axes.axvline(target, color="0.4", linestyle="--", linewidth=1, label=f"target {target:g}")
     axes.set_xlim(LOW - 2, HIGH + 2)
-    axes.set_ylim(bottom=0)
+    # Room above for the legend; axes that share their height keep what another panel needs.
+    peak = max(float(found.probs.max()) for found in heard.values())
+    axes.set_ylim(0, max(axes.get_ylim()[1], 1.4 * peak))
     axes.set_xticks([LOW, 25, 50, 75, HIGH], [f"{LOW}\n{scale.left}", "25", "50", "75",
                     f"{HIGH}\n{scale.right}"])  # fmt: skip
     axes.set_ylabel("probability")
