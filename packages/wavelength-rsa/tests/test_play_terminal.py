@@ -41,6 +41,16 @@ class Terminal:
             self.child.wait(30)
         os.close(self.end)
 
+    def interrupt(self):
+        """Press Ctrl-C, as a person would again: before the line editor waits none is noticed."""
+        for _ in range(20):
+            self.type(CTRL_C)
+            stop = time.monotonic() + 5
+            while "interrupted" not in self.shown and time.monotonic() < stop:
+                self._read(stop)
+            if "interrupted" in self.shown:
+                return
+
     def until(self, text):
         """Read until a text is shown, and return what was shown up to its end."""
         stop = time.monotonic() + 240
@@ -159,7 +169,7 @@ def test_ctrl_d_ends_the_game(server, role):
 def test_ctrl_c_ends_it_too(server):
     with Terminal(f"--model={server.url}") as terminal:
         terminal.until("Your clue: ")
-        terminal.type(CTRL_C)
+        terminal.interrupt()
         assert terminal.leaves() == 130
         assert terminal.shown.endswith("interrupted\n")
         assert "Traceback" not in terminal.shown
