@@ -11,8 +11,10 @@ import time
 import numpy as np
 import pytest
 
-LAUNCH = (  # the pseudo-terminal becomes the process's own, so that Ctrl-C reaches it
-    "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+LAUNCH = (  # the pseudo-terminal becomes the process's own, so that Ctrl-C reaches it, which a test
+    # run in the background has told its children to ignore
+    "import fcntl, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.default_int_handler); "
     "from wavelength_rsa.cli import main; sys.exit(main())"
 )
 CTRL_A, CTRL_C, CTRL_D, LEFT, RUBOUT = "\x01", "\x03", "\x04", "\x1b[D", "\x7f"

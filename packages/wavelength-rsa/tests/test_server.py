@@ -21,6 +21,11 @@ from wavelength_rsa.speakers import RSAListener, RSASpeaker, SamplingSpeaker
 HOT = Scale("Cold", "Hot")
 HEAVY = ("torch", "transformers")
 
+HEEDS_CTRL_C = (  # a test run in the background has told its children not to
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from wavelength_rsa.cli import main; sys.exit(main())"
+)
+
 
 def connected(fake, **named):
     return ServerModel(fake.url, **{"backoff": 0.001, **named})
@@ -223,7 +228,7 @@ class TestCommand:
         command += [f"--cache={tmp_path / 'c.db'}", f"--out={tmp_path / 'r.json'}"]
         server.held = 2 * 16  # a block's
         child = subprocess.Popen(
-            [sys.executable, "-m", "wavelength_rsa", *command],
+            [sys.executable, "-c", HEEDS_CTRL_C, *command],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert server.full.wait(120)
