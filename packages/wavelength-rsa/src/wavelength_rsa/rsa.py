@@ -16,7 +16,7 @@ limit: the best utterance, ties (to 1e-12) shared as the prior shares them.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count, islice
@@ -37,7 +37,7 @@ Utility = Literal["log_prob", "neg_expected_distance", "neg_w1"]
 
 SUM_TOLERANCE = 1e-6
 TIE_TOLERANCE = 1e-12
-BLOCK = 2**17
+BLOCK = 2**18  # probabilities: 2 MB
 ORDINARY = 230.0  # exp(+-230) = 1e+-100; what 1e100 times an exponential below 1e-308 adds is lost
 
 
@@ -181,12 +181,36 @@ class RSA:
         return _exp(self.log_listener(log_l0, mask=mask, keep_null=keep_null))
 
     def trace(
-        self, log_l0: Either, *, mask: "ArrayLike | Tensor | None" = None
+        self,
+        log_l0: Either,
+        *,
+        mask: "ArrayLike | Tensor | None" = None,
+        levels: Collection[str] | None = None,
     ) -> list[Level[Either]]:
-        """Return all levels from L0 to S_depth and L_depth; see `log_speaker` for arguments."""
+        """Return levels of reasoning, computed once for all of them.
+
+        Args:
+            log_l0: As in `log_speaker`.
+            mask: As in `log_speaker`.
+            levels: Names of those to return. Defaults to all, L0, S1, L1, ... to L_depth.
+
+        Returns:
+            The levels, the literal listener first.
+
+        Raises:
+            UserError: as in `log_listener`, or a level has another name.
+        """
         names = ["L0", *(f"{who}{d}" for d in range(1, self.depth + 1) for who in "SL")]
-        levels = _compute(_game(self, log_l0, mask), self.alpha, range(len(names)))
-        return [Level(n, _like(log_l0, level)) for n, level in zip(names, levels, strict=True)]
+        for name in names if levels is None else levels:
+            if name not in names:
+                raise UserError(
+                    f"levels at depth {self.depth} are {', '.join(names)}, not {name!r}"
+                )
+        wanted = [i for i, name in enumerate(names) if levels is None or name in levels]
+        found = _compute(_game(self, log_l0, mask), self.alpha, wanted)
+        return [
+            Level(names[i], _like(log_l0, level)) for i, level in zip(wanted, found, strict=True)
+        ]
 
     def _level(
         self, index: int, log_l0: Either, mask: "ArrayLike | Tensor | None", keep_null: bool
@@ -277,13 +301,16 @@ class _Game:
 def _compute(game: _Game, alpha: "float | Tensor", wanted: Sequence[int]) -> "list[Tensor]":
     """Return the wanted ones of `_levels`.
 
-    Where no gradient needs all of it in memory a batch is computed in blocks that fit the cache.
+    Where no gradient needs all of it in memory a batch is computed in blocks that fit the cache,
+    each into its part of the results: fresh memory costs more than the arithmetic.
     """
     import torch
 
-    def compute(game: _Game) -> "list[Tensor]":
-        levels = enumerate(islice(_levels(game, alpha), wanted[-1] + 1))
-        return [level for i, level in levels if i in wanted]
+    def compute(game: _Game, out: "Mapping[int, Tensor]") -> "list[Tensor]":
+        levels = dict(enumerate(islice(_levels(game, alpha, out), wanted[-1] + 1)))
+        if 0 in wanted:
+            levels[0] = _fill(levels[0], game.real, -math.inf, out.get(0))
+        return [levels[i] for i in wanted]
 
     *batch, m, _ = game.weight.shape
     n = game.log_prior.shape[-1]
@@ -292,23 +319,25 @@ def _compute(game: _Game, alpha: "float | Tensor", wanted: Sequence[int]) -> "li
     gradient = torch.is_grad_enabled() and (
         game.given.requires_grad or getattr(alpha, "requires_grad", False)
     )
-    if games <= size or gradient or game.given.is_cuda:
-        return compute(game)
+    if games <= size or gradient or game.given.device.type != "cpu":
+        return compute(game, {})
     # numpy asks for huge pages, torch does not
-    results = [torch.from_numpy(np.empty((games, m, n))) for _ in wanted]
+    results = torch.from_numpy(np.empty((len(wanted), games, m, n)))
     with suppress(UserError):
-        for i, block in enumerate(game.blocks(size)):
-            for result, level in zip(results, compute(block), strict=True):
-                result[i * size : (i + 1) * size] = level
+        for block, *parts in zip(game.blocks(size), *(r.split(size) for r in results), strict=True):
+            compute(block, dict(zip(wanted, parts, strict=True)))
         return [result.view(*batch, m, n) for result in results]
-    return compute(game)  # fails as well, and knows where in the batch
+    return compute(game, {})  # fails as well, and knows where in the batch
 
 
-def _levels(game: _Game, alpha: "float | Tensor") -> "Iterator[Tensor]":
+def _levels(
+    game: _Game, alpha: "float | Tensor", out: "Mapping[int, Tensor]"
+) -> "Iterator[Tensor]":
     """Yield log L0, S1, L1, S2, ... without end, each `[..., m, n]`; padded rows are -inf.
 
-    Exponentials take most of the time, so those of the check of L0 serve the speaker as well, and
-    those of a speaker its listener.
+    In L0 alone padded rows are uniform: exp(-inf) is slow. Level i is written to out[i] if there is
+    one. Exponentials take most of the time, so those of the check of L0 serve the speaker as well,
+    and those of a speaker its listener.
     """
     listener, probs = _literal(game)
     for depth in count(1):
@@ -318,13 +347,14 @@ def _levels(game: _Game, alpha: "float | Tensor") -> "Iterator[Tensor]":
         utility = listener if game.distance is None else -(probs @ game.distance)
         pull = _pull(utility, game.weight, alpha)
         strength = probs if pull is listener else pull.exp()
-        speaker, total = _speak(pull, strength, game.weight)
+        speaker, total = _speak(pull, strength, game.weight, out.get(2 * depth - 1))
         _check_reachable(total, depth)
         yield speaker
         if _number(alpha) == math.inf:
             pull = _pull_of_the_nearest(utility, game)
             strength = pull.exp()
-        listener = _listen(pull, strength, game.log_prior - total, game.real)
+        evidence = game.log_prior - total
+        listener = _listen(pull, strength, evidence, game.real, out.get(2 * depth))
 
 
 def _literal(game: _Game) -> "tuple[Tensor, Tensor]":
@@ -334,11 +364,12 @@ def _literal(game: _Game) -> "tuple[Tensor, Tensor]":
     logs = game.given
     *batch, m, n = logs.shape
     if not game.real.all():
-        logs = _fill(logs, game.real[..., :m, :], -math.inf)
+        logs = _fill(logs, game.real[..., :m, :], -math.log(n))
     if m < game.real.shape[-2]:
-        logs = torch.cat([logs, logs.new_full((*batch, 1, n), -math.log(n))], dim=-2)
+        null = logs.new_full((*batch, 1, n), -math.log(n))
+        logs = torch.cat([logs, null], dim=-2)
     probs = logs.exp()
-    _check_rows(logs[..., :m, :], probs[..., :m, :], game.real[..., :m, 0])
+    _check_rows(logs[..., :m, :], probs[..., :m, :])
     return logs, probs
 
 
@@ -365,26 +396,34 @@ def _largest(values: "Tensor", dim: int) -> "Tensor":
     return _fill(values.new_zeros(()), largest, -math.inf)
 
 
-def _speak(pull: "Tensor", strength: "Tensor", weight: "Tensor") -> "tuple[Tensor, Tensor]":
+def _speak(
+    pull: "Tensor", strength: "Tensor", weight: "Tensor", out: "Tensor | None" = None
+) -> "tuple[Tensor, Tensor]":
     """Return log S(u|t) and its normaliser `[..., 1, n]`, where strength = exp(pull)."""
+    import torch
+
     total = (weight.exp().mT @ strength).log()
     if not _exact(total, weight):
         total = (pull + weight).logsumexp(-2, keepdim=True)
-    return pull - total + weight, total
+    return torch.sub(pull, total, out=out).add_(weight), total
 
 
-def _listen(pull: "Tensor", strength: "Tensor", evidence: "Tensor", real: "Tensor") -> "Tensor":
+def _listen(
+    pull: "Tensor", strength: "Tensor", evidence: "Tensor", real: "Tensor", out: "Tensor | None"
+) -> "Tensor":
     """Return log L(t|u) = log of S(u|t) P(t), normalised over states.
 
     The weight of u is the same for all states and cancels, so it is left out: an utterance that is
     never said can be understood all the same. The evidence `[..., 1, n]` is P(t) over the
     normaliser of the speaker.
     """
+    import torch
+
     total = _fill(strength @ evidence.exp().mT, real, 1.0).log()
     if not _exact(total, evidence):
         total = _fill(pull + evidence, real, 0.0).logsumexp(-1, keepdim=True)
     _check_understood(total)
-    return pull + evidence - _fill(total, real, math.inf)
+    return torch.add(pull, evidence, out=out).sub_(_fill(total, real, math.inf))
 
 
 def _exact(total: "Tensor", weight: "Tensor") -> bool:
@@ -456,17 +495,18 @@ def _like(like: Either, result: "Tensor") -> Either:
 
     if isinstance(like, torch.Tensor):
         return cast(Either, result)
-    array = result.detach().numpy()
-    return cast(Either, array.copy() if np.may_share_memory(array, np.asarray(like)) else array)
+    return cast(Either, result.detach().numpy())
 
 
 def _exp(logs: Either) -> Either:
     return cast(Either, np.exp(logs) if isinstance(logs, np.ndarray) else logs.exp())
 
 
-def _fill(logs: "Tensor", real: "Tensor", padding: float) -> "Tensor":
-    """Put `padding` into the rows that are not real."""
-    return logs.where(real, logs.new_tensor(padding))
+def _fill(logs: "Tensor", real: "Tensor", padding: float, out: "Tensor | None" = None) -> "Tensor":
+    """Put `padding` into the rows that are not real; the result is a new tensor, or `out`."""
+    import torch
+
+    return torch.where(real, logs, logs.new_tensor(padding), out=out)
 
 
 def _number(alpha: "float | Tensor") -> float:
@@ -484,10 +524,10 @@ def _check_prior_weight(lam: float) -> None:
         raise UserError(f"prior_weight (lam) must be a finite number of at least 0, not {lam!r}")
 
 
-def _check_rows(logs: "Tensor", probs: "Tensor", real: "Tensor") -> None:
+def _check_rows(logs: "Tensor", probs: "Tensor") -> None:
     """Refuse what is not a matrix of log-probabilities with rows that sum to 1."""
     sums = probs.detach().sum(-1)
-    good = _is_one(sums) | ~real
+    good = _is_one(sums)
     if good.all():
         return
     row = tuple((~good).nonzero()[0].tolist())
@@ -589,20 +629,20 @@ def _weight(
     """Return lam log P(u) - cost(u), `[..., m (+ 1), 1]`: -inf for padding, the null one last."""
     import torch
 
-    weights = _weights(name, prior, real.shape, real.device)
-    costs = torch.zeros_like(weights)
+    weight = torch.zeros(real.shape, dtype=torch.float64, device=real.device)
+    silence = weight.new_zeros(*real.shape[:-1], 1)
+    if prior is not None:
+        weights = _weights(name, prior, real.shape, real.device)
+        weight = _times(lam, weights.log())
+        mean = (weights * real).sum(-1, keepdim=True) / real.sum(-1, keepdim=True)
+        silence = _times(lam, _fill(mean, real.any(-1, keepdim=True), 1.0).log())
     if cost is not None:
         costs = _spread("cost", _tensor(cost).to(real.device), real.shape)
         if not costs.isfinite().all():
             raise UserError(f"cost must be finite, not {cost!r}; leave utterances out by mask")
-    if null:
-        weights = weights * real
-        mean = weights.sum(-1, keepdim=True) / real.sum(-1, keepdim=True).clamp(min=1)
-        mean = mean.where(real.any(-1, keepdim=True), 1.0)
-        weights = torch.cat([weights, mean], dim=-1)
-        costs = torch.cat([costs, torch.zeros_like(mean)], dim=-1)
-        real = torch.cat([real, torch.ones_like(mean, dtype=torch.bool)], dim=-1)
-    return _fill(_times(lam, weights.log()) - costs, real, -math.inf)[..., None]
+        weight = weight - costs
+    weight = _fill(weight, real, -math.inf)
+    return (torch.cat([weight, silence], dim=-1) if null else weight)[..., None]
 
 
 def _distance(rsa: RSA, logs: "Tensor") -> "Tensor | None":
