@@ -389,6 +389,34 @@ def test_padded_batch_equals_single_games(
             assert (found[~rows[i]] == 0.0).all()
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1.0, 1.7, math.inf])
+@pytest.mark.parametrize("null", ["uniform", None])
+@pytest.mark.parametrize("padded", [True, False])
+def test_blocks_of_a_batch_equal_the_whole(
+    alpha: float, null: Null, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    probs = logs(np.stack([game(i, 5, 4, 0.3) for i in range(6)])).reshape(2, 3, 5, 4)
+    mask = np.ones((2, 3, 5), dtype=bool)
+    if padded:
+        probs[0, 1, 4], mask[0, 1, 4] = math.nan, False
+    rsa = RSA(alpha, 2, cost=rng.normal(size=(3, 5)), state_prior=[1, 2, 3, 4], null=null)
+    whole = rsa.trace(probs, mask=mask)
+    for size in (1, 48, 72):  # 1, 2 and 3 games of 6 x 4
+        monkeypatch.setattr("wavelength_rsa.rsa.BLOCK", size)
+        for one, level in zip(rsa.trace(probs, mask=mask), whole, strict=True):
+            assert one.name == level.name
+            np.testing.assert_allclose(one.log_probs, level.log_probs, rtol=1e-13, atol=1e-15)
+            assert not np.shares_memory(one.log_probs, probs)
+        two = rsa.trace(probs, mask=mask, levels=("L2", "S1"))
+        assert [level.name for level in two] == ["S1", "L2"]
+        np.testing.assert_allclose(two[1].log_probs, whole[-1].log_probs, rtol=1e-13, atol=1e-15)
+        np.testing.assert_array_equal(rsa.log_listener(probs, mask=mask), two[1].log_probs)
+    probs[1, 2, 3] += 0.1
+    with pytest.raises(UserError, match=r"its row \(1, 2, 3\) has probabilities that sum"):
+        rsa.listener(probs, mask=mask)
+
+
 def test_batches_may_have_any_number_of_axes() -> None:
     probs = np.stack([game(i, 3, 4) for i in range(6)]).reshape(2, 3, 3, 4)
     found = RSA(cost=[0.1, 0.2, 0.3]).listener(logs(probs))
@@ -490,6 +518,20 @@ def test_tiny_probabilities_do_not_underflow() -> None:
     assert np.isfinite(replace(BARE, alpha=3.0, depth=3).log_listener(scores)).all()
 
 
+def test_huge_costs_and_weights_do_not_overflow() -> None:
+    probs = logs(game(2, 4, 3))
+    wanted = RSA(cost=[0.0, 1.0, 2.0, 3.0], null=None).trace(probs)
+    for shift in (-5000.0, -700.0, 700.0, 5000.0):
+        found = RSA(cost=shift + np.arange(4.0), null=None).trace(probs)
+        for one, level in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one.log_probs, level.log_probs, atol=1e-11)
+    # At alpha = 1000 the first utterance is worth exp(-750), 0 in float64, to the second state; yet
+    # with its weight of exp(700) it is the likelier one.
+    low = math.exp(-0.75)
+    found = RSA(1000.0, cost=[-700.0, 60.0], null=None).log_speaker(logs([[1 - low, low], [0, 1]]))
+    np.testing.assert_allclose(np.exp(found[:, 1]), [1 / (1 + np.exp(-10)), 1 / (1 + np.exp(10))])
+
+
 # Mistakes
 
 
@@ -545,6 +587,10 @@ def wrong(rows: Callable[[np.ndarray], object]) -> Callable[[], object]:
         (lambda: RSA().listener(SHAPES, mask=[1, 1, 1, 0]), r"mask must be bool"),
         (lambda: RSA().listener(SHAPES, mask=[True, False]), r"mask has the shape \[2\]"),
         (lambda: BARE.listener(SHAPES, mask=[False] * 4), r"no utterance that can be said"),
+        (
+            lambda: BARE.trace(SHAPES, levels=["S2"]),
+            r"levels at depth 1 are L0, S1, L1, not 'S2'",
+        ),
         (lambda: replace(BARE, depth=0).speaker(SHAPES), r"no speaker at depth 0.*depth=1"),
         (lambda: BARE.speaker(SHAPES[:1]), r"no utterance can mean state 2: .*null=.*smooth L0"),
         (
