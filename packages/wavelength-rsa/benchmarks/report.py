@@ -18,6 +18,11 @@ READMES = {  # the file, the way from it to benchmarks/, and the tables in it
     HERE.parent / "README.md": ("benchmarks/", ("demo", "human")),
     HERE / "README.md": ("", ("scoring", "rsa")),
 }
+SHARING = (
+    "score",
+    "score_many",
+    "sample",
+)  # of tenfold_common.lm, what listeners and speakers call
 PEOPLE = {
     "humans": "mean of 40 people",
     "half": "mean of 20 people",
@@ -44,15 +49,11 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 def bench_table(path: Path) -> str:
     """Every row: what, by whom, milliseconds, and the peer's time over ours."""
     bench = load_bench(path)
-    ours = {
-        (row["name"], row["shape"]): row["median_ms"]
-        for row in bench["rows"]
-        if row["impl"].startswith("wavelength_rsa")
-    }
+    ours = {(row["name"], row["shape"]): row["median_ms"] for row in bench["rows"] if _is_ours(row)}
     rows = []
     for row in bench["rows"]:
         own = ours.get((row["name"], row["shape"]))
-        mine = row["impl"].startswith("wavelength_rsa")
+        mine = _is_ours(row)
         ratio = "" if own is None or mine else f"{row['median_ms'] / own:.1f}"
         rows.append([row["name"], row["shape"], row["impl"], _ms(row["median_ms"]), ratio])
     env = bench["environment"]
@@ -60,6 +61,10 @@ def bench_table(path: Path) -> str:
     line = f"{env['cpu']}, {threads}torch {env['torch']}; `{bench['command']}`."
     body = table(["what", "size", "by", "ms", "time over ours"], rows)
     return "\n\n".join([body, "\n".join(f"- {note}" for note in bench["notes"]), line])
+
+
+def _is_ours(row: dict[str, Any]) -> bool:
+    return row["impl"].startswith("wavelength_rsa") or row["impl"] in SHARING
 
 
 def _ms(value: float) -> str:
