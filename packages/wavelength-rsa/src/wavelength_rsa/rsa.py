@@ -294,8 +294,8 @@ class _Game:
             x.flatten(0, -3).split(size)
             for x in (self.given, self.weight, self.log_prior, self.real)
         )
-        for part in zip(*parts, strict=True):
-            yield _Game(*part, self.distance)
+        for given, weight, log_prior, real in zip(*parts, strict=True):
+            yield _Game(given, weight, log_prior, real, self.distance)
 
 
 def _compute(game: _Game, alpha: "float | Tensor", wanted: Sequence[int]) -> "list[Tensor]":
