@@ -356,6 +356,25 @@ class TestEval:
             probs.append([row["probs"] for row in read(out)["rows"]])
         assert probs[0] == probs[2] != probs[1]
 
+    def test_other_weights_are_asked_anew(self, player, data, tmp_path):
+        """A checkpoint trained further, in a folder of the same name."""
+        import torch
+
+        model = TransformersModel(player)
+        with torch.no_grad():
+            model.model.get_output_embeddings().weight.mul_(0.5)
+        model.model.save_pretrained(tmp_path / "player")
+        model.tokenizer.save_pretrained(tmp_path / "player")
+        probs = []
+        for folder in (player, tmp_path / "player", player):
+            out = tmp_path / f"{len(probs)}.json"
+            run("eval", "--task=listener", f"--model={folder}", f"--data={data}", f"--out={out}",
+                "--resamples=20", f"--cache={tmp_path / 'c.db'}")  # fmt: skip
+            probs.append([row["probs"] for row in read(out)["rows"]])
+        assert probs[0] == probs[2]
+        flatter = RIGGED**0.5 / (RIGGED**0.5).sum()
+        np.testing.assert_allclose(probs[1], [flatter] * len(ROWS), atol=1e-4)
+
     def test_an_interrupted_run_goes_on(self, player, data, tmp_path, monkeypatch, capsys):
         """Ctrl-C in the second block of 16 prompts: 130 and no report; the first is kept."""
         items = write(tmp_path / "many.jsonl", [(f"L{i}", "R", "x", 50, None) for i in range(20)])
