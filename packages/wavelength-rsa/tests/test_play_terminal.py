@@ -47,7 +47,7 @@ class Terminal:
         """Press Ctrl-C, as a person would again: before the line editor waits none is noticed."""
         for _ in range(20):
             self.type(CTRL_C)
-            stop = time.monotonic() + 5
+            stop = time.monotonic() + 2
             while "interrupted" not in self.shown and time.monotonic() < stop:
                 self._read(stop)
             if "interrupted" in self.shown:
