@@ -52,7 +52,7 @@ def table(step=50):
 
 LIBRARY = [
     # targets and grids
-    (lambda: grid_index(47), r"47 is not a multiple of step 5; use step=1 or snap='nearest'"),
+    (lambda: grid_index(47), r"47 is not a multiple of step 5; use step 1 \(--step 1\)"),
     (lambda: grid_index(105), r"from 0 to 100, not 105"),
     (lambda: grid_index(float("nan"), snap="nearest"), r"from 0 to 100, not nan"),
     (lambda: grid(7), r"step must be one of 1, 2, 4, 5, 10, 20, 25, 50, not 7"),

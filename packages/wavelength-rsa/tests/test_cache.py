@@ -37,7 +37,7 @@ def test_it_is_a_text_model(tmp_path):
 def test_samples_are_kept_by_all_that_decides_them(tmp_path):
     prompts = ["a", "b", [{"role": "user", "content": "c"}]]
     inner = scripted()
-    with CachedModel(inner, tmp_path / "c.db", block=2) as model:
+    with CachedModel(inner, tmp_path / "c.db") as model:
         first = model.sample(prompts, n=2, seed=3)
         assert len(inner.calls) == 2  # two blocks
         assert model.sample(prompts, n=2, seed=3) == first
@@ -71,7 +71,7 @@ def test_a_second_process_asks_nothing(tmp_path):
 
 def test_only_missing_scores_are_asked(tmp_path):
     inner = scripted()
-    with CachedModel(inner, tmp_path / "c.db", block=2) as model:
+    with CachedModel(inner, tmp_path / "c.db") as model:
         model.score_many(["p", "q"], [["x"], ["x"]])
         asked = len(inner.calls)
         found = model.score_many(["p", "r", "q", "p"], [["x"], ["x"], ["x"], ["y"]])
@@ -107,10 +107,10 @@ def test_a_failed_call_leaves_the_blocks_before_it(tmp_path):
             raise RuntimeError("gone")
         return prompt
 
-    model = CachedModel(ScriptedModel(reply), tmp_path / "c.db", block=1)
+    model = CachedModel(ScriptedModel(reply), tmp_path / "c.db")
     with model, pytest.raises(RuntimeError, match="gone"):
         model.sample(["a", "b", "bad", "c"])
-    with CachedModel(ScriptedModel(lambda p, *_: p), tmp_path / "c.db", block=1) as model:
+    with CachedModel(ScriptedModel(lambda p, *_: p), tmp_path / "c.db") as model:
         texts = [g.text for (g,) in model.sample(["a", "b", "bad", "c"])]
         assert texts == ["a", "b", "bad", "c"]
         assert (model.hits, model.misses) == (2, 2)
@@ -124,14 +124,14 @@ def reply(prompt, seed, sample):
     if prompt == "7":
         os.kill(os.getpid(), signal.SIGKILL)
     return prompt
-CachedModel(ScriptedModel(reply), sys.argv[1], block=2).sample([str(i) for i in range(10)])
+CachedModel(ScriptedModel(reply), sys.argv[1]).sample([str(i) for i in range(10)])
 """
 
 
 def test_killed_in_the_middle(tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "c.db")], check=False)
     assert done.returncode == -9
-    with CachedModel(ScriptedModel(lambda p, *_: p), tmp_path / "c.db", block=2) as model:
+    with CachedModel(ScriptedModel(lambda p, *_: p), tmp_path / "c.db") as model:
         model.sample([str(i) for i in range(10)])
         assert (model.hits, model.misses) == (6, 4)
 

@@ -96,7 +96,7 @@ def test_numpy_integers_are_steps_and_positions():
 
 def test_a_target_off_the_grid_is_refused_with_its_remedy():
     with pytest.raises(
-        UserError, match=r"^target 47 is not a multiple of step 5; use step=1 or snap='nearest'$"
+        UserError, match=r"^target 47 is not a multiple of step 5; use step 1 \(--step 1\)"
     ):
         grid_index(47)
 

@@ -1,7 +1,7 @@
 """A model that remembers what it said: an interrupted run goes on, a repeated one asks nothing.
 
-Every answer is kept under a hash of all that decides it: the model and its weights, the prompt, the
-settings and the seed. What has changed is simply asked anew, so a cache is never stale.
+Every answer is kept under a hash of all that decides it: the model (see `fingerprint`), the
+prompts, the settings and the seed. What has changed is simply asked anew.
 """
 
 import json
@@ -14,33 +14,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tenfold_common.errors import UserError
-from tenfold_common.lm.base import Generation, Prompt, Score, TextModel, check_sampling, stream_seed
+from tenfold_common.lm.base import Generation, Prompt, Score, TextModel, check_sampling
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-_SAMPLED = 64  # values of each weight tensor that enter the fingerprint
 
 
 class CachedModel:
     """Any `tenfold_common.lm` model with a memory on the disk.
 
-    Samples are asked for and stored in blocks of prompts, so a kill loses at most one block. The
-    texts depend on the block size; they are the same whether they come from the model or the file.
+    What a call returns is stored when it returns, so a kill loses at most one call; the listeners
+    and speakers of this package ask in blocks. The answers are those of the model itself.
 
     Args:
-        model: The model to ask.
+        model: The model to ask. Its fingerprint is taken here: make another for other weights.
         path: The SQLite file; made if missing.
-        block: Prompts that are sampled and stored together, at least 1.
-        identity: What tells this model from others. Defaults to its name and, for a model in this
-            process, a fingerprint of its weights, configuration and chat template.
+        identity: What tells this model from others. Defaults to `fingerprint(model)`.
 
     Attributes:
         hits: Number of prompts answered from the file.
         misses: Number of prompts the model was asked.
 
     Raises:
-        UserError: the file is not such a cache, cannot be opened, or `block` is below 1.
+        UserError: the file is not such a cache or cannot be opened.
     """
 
     def __init__(
@@ -48,29 +44,13 @@ class CachedModel:
         model: TextModel,
         path: str | PathLike[str],
         *,
-        block: int = 16,
         identity: str | None = None,
     ) -> None:
-        if block < 1:
-            raise UserError(f"block must be at least 1, not {block}")
         self.model = model
         self.path = Path(path)
-        self.block = block
-        self.identity = identity or fingerprint(model)
         self.hits = self.misses = 0
-        if self.path.is_dir() or not self.path.parent.is_dir():
-            why = "is a folder" if self.path.is_dir() else "is in no folder that exists"
-            raise UserError(f"the cache {str(self.path)!r} {why}; name a file")
-        with self._errors():
-            self._file = sqlite3.connect(self.path, timeout=60.0)
-            try:
-                self._file.execute(
-                    "create table if not exists answers (key text primary key, value text not null)"
-                )
-                self._file.commit()
-            except BaseException:
-                self._file.close()
-                raise
+        self._file = open_cache(path)
+        self.identity = identity or fingerprint(model)
 
     @property
     def name(self) -> str:
@@ -102,21 +82,16 @@ class CachedModel:
             "max_tokens": max_tokens,
             "stop": list(stop),
         }
-        found: list[list[Generation]] = []
-        for start in range(0, len(prompts), self.block):
-            some = list(prompts[start : start + self.block])
-            own = stream_seed(seed, start, 0) % 2**32
-            key = self._key("sample", _plain(some), settings, own)
-            value = self._get(key, len(some))
-            if value is None:
-                made = self.model.sample(
-                    some, n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
-                    stop=stop, seed=own,
-                )  # fmt: skip
-                value = [[[g.text, g.finish_reason, g.tokens] for g in each] for each in made]
-                self._put({key: value})
-            found += [[Generation(*g) for g in each] for each in value]
-        return found
+        key = self._key("sample", _plain(prompts), settings, seed)
+        found = self._get(key, len(prompts))
+        if found is None:
+            made = self.model.sample(
+                prompts, n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens,
+                stop=stop, seed=seed,
+            )  # fmt: skip
+            found = [[[g.text, g.finish_reason, g.tokens] for g in each] for each in made]
+            self._put({key: found})
+        return [[Generation(*g) for g in each] for each in found]
 
     def score(self, prefix: Prompt, continuations: Sequence[str]) -> list[Score]:
         """Log-probabilities of continuations; see `tenfold_common.lm.TextModel.score`."""
@@ -131,12 +106,8 @@ class CachedModel:
             for prefix, texts in zip(prefixes, continuations, strict=True)
         ]
         values = [self._get(key, 1) for key in keys]
-        for start in range(0, len(keys), self.block):
-            missing = [
-                i for i in range(start, min(start + self.block, len(keys))) if values[i] is None
-            ]
-            if not missing:
-                continue
+        missing = [i for i, value in enumerate(values) if value is None]
+        if missing:
             made = self.model.score_many(
                 [prefixes[i] for i in missing], [continuations[i] for i in missing]
             )
@@ -168,7 +139,7 @@ class CachedModel:
         return sha256(text.encode()).hexdigest()
 
     def _get(self, key: str, prompts: int) -> Any:
-        with self._errors():
+        with _errors(self.path):
             row = self._file.execute("select value from answers where key = ?", (key,)).fetchone()
         if row is None:
             self.misses += prompts
@@ -177,45 +148,85 @@ class CachedModel:
         try:
             return json.loads(row[0])
         except ValueError as error:
-            raise UserError(f"the cache {self.path} is damaged ({error}); delete it") from error
+            raise UserError(
+                f"the cache {self.path} is damaged ({error}); delete it, or name another file"
+            ) from error
 
     def _put(self, values: dict[str, Any]) -> None:
         rows = [(key, json.dumps(value)) for key, value in values.items()]
-        with self._errors(), self._file:  # one transaction
+        with _errors(self.path), self._file:  # one transaction
             self._file.executemany("insert or replace into answers values (?, ?)", rows)
 
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
+
+def open_cache(path: str | PathLike[str]) -> sqlite3.Connection:
+    """Open a cache file, made if missing: what `CachedModel` does before anything is asked.
+
+    Raises:
+        UserError: the file is not such a cache, cannot be opened, or has no folder.
+    """
+    file = Path(path)
+    if file.is_dir() or not file.parent.is_dir():
+        why = "is a folder" if file.is_dir() else "is in no folder that exists"
+        raise UserError(f"the cache {str(file)!r} {why}; name a file")
+    with _errors(file):
+        connection = sqlite3.connect(file, timeout=60.0)
         try:
-            yield
-        except sqlite3.Error as error:
-            raise UserError(
-                f"the cache {self.path} cannot be used ({error}); it must be a file made here, on "
-                "a disk with room, and not held by another run"
-            ) from error
+            connection.execute(
+                "create table if not exists answers (key text primary key, value text not null)"
+            )
+            connection.commit()
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise UserError(
+            f"the cache {path} cannot be used ({error}); name another file, or one made here, on a "
+            "disk with room, that no other run holds"
+        ) from error
 
 
 def fingerprint(model: TextModel) -> str:
-    """Return what tells a model from others: its name, its place, and what it is made of.
+    """Return what tells a model from others, as `name:hash`.
 
-    Of a model in this process a sample of every weight tensor enters, so that two checkpoints in
-    folders of the same name differ. A server and vLLM are known by address or folder, and name.
+    Of a model in this process every weight enters, with its configuration, generation settings,
+    tokenizer and template options; of vLLM's the folder with the sizes and times of its files; of a
+    server its address, and what is sent beside the prompt. Other models are known by class and
+    name. A folder replaced behind a server goes unnoticed.
     """
-    network: Any = getattr(model, "model", None)
-    parts: list[object] = [type(model).__name__, model.name]
-    parts += [str(getattr(model, name)) for name in ("base_url", "source") if hasattr(model, name)]
+    if isinstance(model, CachedModel):
+        return model.identity
+    known: list[object] = [type(model).__name__, model.name]
+    known += [
+        str(getattr(model, name, ""))
+        for name in ("base_url", "source", "template_options", "extra", "context")
+    ]
+    folder = Path(str(getattr(model, "source", "")))
+    if hasattr(model, "source") and folder.is_dir():
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        known += [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     tokenizer: Any = getattr(model, "tokenizer", None)
     if tokenizer is not None:
-        parts.append(str(getattr(tokenizer, "chat_template", None)))
-    options = getattr(getattr(model, "_tokens", None), "_options", None)
-    parts.append(json.dumps(options, sort_keys=True, default=str))
-    digest = sha256(json.dumps(parts).encode())
+        known.append(str(getattr(tokenizer, "chat_template", None)))
+        inner = getattr(tokenizer, "backend_tokenizer", None)
+        known.append(inner.to_str() if inner is not None else sorted(tokenizer.get_vocab().items()))
+    digest = sha256(json.dumps(known, default=str).encode())
+    network: Any = getattr(model, "model", None)
     if hasattr(network, "state_dict"):
+        import torch
+
         digest.update(network.config.to_json_string().encode())
+        digest.update(str(network.generation_config).encode())
         for name, weight in sorted(network.state_dict().items()):
-            flat = weight.detach().flatten()
-            some = flat[:: max(1, len(flat) // _SAMPLED)].float().cpu()
-            digest.update(f"{name}{tuple(weight.shape)}".encode() + some.numpy().tobytes())
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            plain = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(memoryview(plain.numpy()))
     return f"{model.name}:{digest.hexdigest()[:16]}"
 
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from tenfold_common.atomic import check_output_file, write_json
 from tenfold_common.cli import Parser, base_parser, run, setup_logging
 from tenfold_common.errors import UserError
+from tenfold_common.results import environment
 from wavelength_rsa._version import __version__
 
 if TYPE_CHECKING:
     from tenfold_common.lm import TextModel
     from wavelength_rsa.data import Item
     from wavelength_rsa.listeners import Listener
-    from wavelength_rsa.metrics import Interval
     from wavelength_rsa.speakers import Speaker
 
 DESCRIPTION = "Play Wavelength with language models, and let them reason about their listener."
@@ -87,11 +87,16 @@ def _parser() -> Parser:
     )  # fmt: skip
     evaluate.add_argument("--limit", type=_count(), metavar="N", help="only the first items")
     evaluate.add_argument("--overwrite", action="store_true", help="replace reports that are there")
-    evaluate.add_argument("--resamples", type=_count(), default=10_000, help="of the bootstrap")
+    evaluate.add_argument("--resamples", type=_count(2), default=10_000, help="of the bootstrap")
     _add_model(evaluate)
     _add_listening(evaluate)
     _add_speaking(evaluate)
     _add_judge(evaluate)
+    evaluate.add_argument(
+        "--rsa_listener", action="store_true",
+        help="with --task listener or both: reason about the speaker (alternatives: this model's "
+        "clues for every position of every scale)",
+    )  # fmt: skip
 
     report = verb("report", _report, "show a report, or the paired difference of two")
     report.add_argument("file", metavar="FILE", help="as written by eval")
@@ -101,6 +106,9 @@ def _parser() -> Parser:
     human = verb("human-baseline", _human, "what people and trivial players reach on the items")
     human.add_argument("--data", required=True, metavar="FILE")
     human.add_argument("--json", metavar="FILE", help="also write the figures here")
+    human.add_argument(
+        "--step", type=int, default=5, choices=STEPS, help="of the positions (default 5)"
+    )
     human.add_argument(
         "--splits", type=_count(), default=20, help="random halves for the RSA table"
     )
@@ -250,9 +258,13 @@ def _weight(text: str) -> float:
 
 def _listen(arguments: argparse.Namespace) -> int:
     _check_outputs(arguments, arguments.json)
+    _check_unused(arguments)
+    from wavelength_rsa.listeners import check_question
     from wavelength_rsa.scales import Scale
 
     scale = Scale(arguments.left, arguments.right)
+    for clue in arguments.clues:
+        check_question((scale, clue))
     with ExitStack() as stack:
         listener = _listener(arguments, _model(arguments, stack))
         found = listener.distribution(scale, arguments.clues, seed=arguments.seed)
@@ -268,6 +280,7 @@ def _listen(arguments: argparse.Namespace) -> int:
 
 def _speak(arguments: argparse.Namespace) -> int:
     _check_outputs(arguments, arguments.json)
+    _check_unused(arguments)
     from wavelength_rsa.scales import Scale, grid_index
 
     scale = Scale(arguments.left, arguments.right)
@@ -288,12 +301,13 @@ def _speak(arguments: argparse.Namespace) -> int:
     print(f"{said.clue}{'   (breaks a rule)' if said.flagged else ''}\n")
     print("probability  of samples  listener" + "  judge's mean" * bool(judged) + "  clue")
     rows = candidates.to_rows()
+    share = candidates.counts / candidates.counts.sum()
     for k in order[:10]:
         heard = "" if candidates.listener is None else f"{candidates.listener[k]:.3f}"
         mean = f"  {judged[k].mean:12.1f}" if judged else ""
         broken = f"   ({', '.join(candidates.violations[k])})" if candidates.violations[k] else ""
         print(
-            f"{candidates.probs[k]:11.3f}  {candidates.prior[k]:10.3f}  {heard:>8}{mean}  "
+            f"{candidates.probs[k]:11.3f}  {share[k]:10.3f}  {heard:>8}{mean}  "
             f"{candidates.clues[k]}{broken}"
         )
     if candidates.refused:
@@ -331,21 +345,27 @@ def _eval(arguments: argparse.Namespace) -> int:
             "--self_play"
         )
     if "speaker" not in tasks and (arguments.judge or arguments.self_play or arguments.rsa):
-        raise UserError("--judge, --self_play and --rsa are for --task speaker or both")
+        raise UserError(
+            "--judge, --self_play and --rsa are for --task speaker or both (--rsa_listener makes "
+            "a listener reason)"
+        )
+    if "listener" not in tasks and arguments.rsa_listener:
+        raise UserError("--rsa_listener is for --task listener or both")
+    _check_unused(arguments, speaks="speaker" in tasks)
     items = _items(arguments)
     from wavelength_rsa.evaluate import check_targets, evaluate_listener, evaluate_speaker
 
     check_targets(items, arguments.step)
     with ExitStack() as stack:
         model = _model(arguments, stack)
+        judging = _judge_model(arguments, stack) if arguments.judge else model
         for task in tasks:
             if task == "listener":
                 found = evaluate_listener(
-                    _listener(arguments, model), items, seed=arguments.seed,
+                    _reasoning(arguments, model), items, seed=arguments.seed,
                     resamples=arguments.resamples,
                 )  # fmt: skip
             else:
-                judging = model if arguments.self_play else _judge_model(arguments, stack)
                 found = evaluate_speaker(
                     _speaker(arguments, model), items, judge=_listener(arguments, judging),
                     seed=arguments.seed, resamples=arguments.resamples,
@@ -360,7 +380,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from wavelength_rsa.evaluate import Report, compare
+    from wavelength_rsa.evaluate import Report, compare, interval_text, shared_rows
 
     first = Report.load(arguments.file)
     if arguments.compare is None:
@@ -368,9 +388,18 @@ def _report(arguments: argparse.Namespace) -> int:
         for note in first.notes:
             print(f"note: {note}")
         return 0
-    differences = compare(first, Report.load(arguments.compare), seed=arguments.seed)
+    second = Report.load(arguments.compare)
+    differences = compare(first, second, seed=arguments.seed)
+    rows = [row for row, _ in shared_rows(first, second)]
+    pairs = {(row["left"], row["right"]) for row in rows}
     print(f"{arguments.file} less {arguments.compare}")
-    _print_intervals(differences)
+    print(
+        f"{len(rows)} rows on {len(pairs)} concept pairs; left out: {len(first.rows) - len(rows)} "
+        f"of the first, {len(second.rows) - len(rows)} of the second"
+    )
+    print(f"{'metric':24} {'mean':>9}   95 % interval")
+    for name, one in differences.items():
+        print(f"{name:24} {one.value:9.3f}   {interval_text(one)}")
     return 0
 
 
@@ -380,11 +409,20 @@ def _human(arguments: argparse.Namespace) -> int:
     from wavelength_rsa.human import human_rsa
 
     items = load_items(arguments.data)
-    found = human_baseline(items, seed=arguments.seed)
-    pragmatic = human_rsa(items, splits=arguments.splits, seed=arguments.seed)
+    found = human_baseline(items, step=arguments.step, seed=arguments.seed)
+    pragmatic = human_rsa(items, step=arguments.step, splits=arguments.splits, seed=arguments.seed)
     print(_baseline_text(found))
     print(_pragmatic_text(pragmatic))
-    _write(arguments, {"baseline": found, "rsa": pragmatic})
+    _write(
+        arguments,
+        {
+            "data": Path(arguments.data).name,
+            "version": __version__,
+            "environment": environment(),
+            "baseline": found,
+            "rsa": pragmatic,
+        },
+    )
     return 0
 
 
@@ -431,6 +469,7 @@ def _pragmatic_text(found: dict[str, Any]) -> str:
 
 def _fit(arguments: argparse.Namespace) -> int:
     _check_outputs(arguments, arguments.json)
+    _check_unused(arguments)
     from wavelength_rsa.data import load_items
     from wavelength_rsa.fitting import fit_games
 
@@ -467,6 +506,7 @@ def _fit(arguments: argparse.Namespace) -> int:
 def _play(arguments: argparse.Namespace) -> int:
     with suppress(ImportError):
         import readline  # noqa: F401 - lets input() edit a line with the arrow keys
+    _check_unused(arguments, speaks=arguments.role == "listen")
     from wavelength_rsa.play import SCALES, play
 
     scales: Sequence[Any] = SCALES
@@ -524,10 +564,10 @@ def _loaded(
 ) -> "TextModel":
     """Load a model, behind the cache if one is asked for."""
     from tenfold_common.lm import load_text_model
-    from wavelength_rsa.cache import CachedModel
+    from wavelength_rsa.cache import CachedModel, open_cache
 
     if arguments.cache:
-        check_output_file(arguments.cache)
+        open_cache(arguments.cache).close()  # a broken file is told before a model is loaded
     template = None if arguments.thinking else {"enable_thinking": False}
     server = backend == "server" or spec.startswith(("http://", "https://"))
     options: dict[str, Any] = {}
@@ -555,28 +595,67 @@ def _listener(arguments: argparse.Namespace, model: "TextModel") -> "Listener":
         return LogprobListener(
             model, step=arguments.step, normalize=arguments.normalize, end=arguments.end
         )
-    if arguments.normalize != "none" or arguments.end:
-        raise UserError("--normalize and --end are for --mode logprob")
     return SamplingListener(
         model, step=arguments.step, num_samples=arguments.num_samples,
         cot=arguments.mode == "cot", max_tokens=arguments.max_tokens,
     )  # fmt: skip
 
 
-def _speaker(arguments: argparse.Namespace, model: "TextModel") -> "Speaker":
-    from wavelength_rsa.speakers import RSASpeaker, SamplingSpeaker
+def _reasoning(arguments: argparse.Namespace, model: "TextModel") -> "Listener":
+    """Return the listener that `eval` evaluates: literal, or pragmatic with the model's clues."""
+    from wavelength_rsa.speakers import RSAListener
 
-    speaker = SamplingSpeaker(
+    literal = _listener(arguments, model)
+    if not arguments.rsa_listener:
+        return literal
+    return RSAListener(literal, _proposer(arguments, model), alpha=arguments.alpha)
+
+
+def _proposer(arguments: argparse.Namespace, model: "TextModel") -> "Speaker":
+    from wavelength_rsa.speakers import SamplingSpeaker
+
+    return SamplingSpeaker(
         model, num_candidates=arguments.num_candidates, cot=arguments.cot,
-        max_tokens=arguments.max_tokens,
-        on_violation=arguments.on_violation,
+        max_tokens=arguments.max_tokens, on_violation=arguments.on_violation,
     )  # fmt: skip
+
+
+def _speaker(arguments: argparse.Namespace, model: "TextModel") -> "Speaker":
+    from wavelength_rsa.speakers import RSASpeaker
+
+    speaker = _proposer(arguments, model)
     if not arguments.rsa:
         return speaker
     return RSASpeaker(
         speaker, _listener(arguments, model), alpha=arguments.alpha, utility=arguments.utility,
         select=arguments.select,
     )  # fmt: skip
+
+
+def _check_unused(arguments: argparse.Namespace, *, speaks: bool = True) -> None:
+    """Refuse options that would change nothing, as who gave them believes that they do."""
+    given = vars(arguments)
+    rsa = bool(given.get("rsa") and speaks)
+    reasoning = rsa or bool(given.get("rsa_listener"))
+    speaking = "rsa" in given and (speaks or reasoning)
+    sampled = arguments.mode != "logprob"
+    uses = {  # option: whether it is used, its default, where it belongs
+        "alpha": (reasoning, 1.0, "--rsa" + " or --rsa_listener" * ("rsa_listener" in given)),
+        "utility": (rsa, "log_prob", "--rsa"),
+        "select": (rsa, "sample", "--rsa"),
+        "num_candidates": (speaking, 32, "a model that speaks"),
+        "cot": (speaking, False, "a model that speaks"),
+        "on_violation": (speaking, "keep", "a model that speaks"),
+        "num_samples": (sampled, 32, "--mode sample or cot"),
+        "max_tokens": (sampled or speaking, None, "--mode sample or cot, or a model that speaks"),
+        "normalize": (not sampled, "none", "--mode logprob"),
+        "end": (not sampled, None, "--mode logprob"),
+        "judge_backend": (bool(given.get("judge")), "auto", "--judge"),
+        "judge_model_name": (bool(given.get("judge")), None, "--judge"),
+    }
+    for name, (used, default, where) in uses.items():
+        if not used and given.get(name, default) != default:
+            raise UserError(f"--{name} is for {where} and would change nothing here; leave it out")
 
 
 def _check_outputs(arguments: argparse.Namespace, *outputs: str | Path | None) -> None:
@@ -593,11 +672,6 @@ def _write(arguments: argparse.Namespace, value: dict[str, Any]) -> None:
     if arguments.json:
         write_json(Path(arguments.json), value)
         print(f"written: {arguments.json}")
-
-
-def _print_intervals(intervals: "dict[str, Interval]") -> None:
-    for name, one in intervals.items():
-        print(f"{name:24} {one.value:9.3f}   {one.low:9.3f} to {one.high:.3f}")
 
 
 def _quiet_libraries() -> None:

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from tenfold_common.atomic import atomic_write
 from tenfold_common.errors import UserError
+from tenfold_common.lm.base import stream_seed
 from wavelength_rsa._version import __version__
+from wavelength_rsa.cache import fingerprint
 from wavelength_rsa.data import Item, clusters
 from wavelength_rsa.metrics import (
     Interval,
@@ -31,6 +33,7 @@ from wavelength_rsa.metrics import (
 from wavelength_rsa.scales import Scale, grid, grid_index
 
 if TYPE_CHECKING:
+    from tenfold_common.lm import TextModel
     from wavelength_rsa.listeners import Listener
     from wavelength_rsa.speakers import Candidates, Speaker
 
@@ -110,7 +113,7 @@ class Report:
         """Return the figures as a markdown table."""
         lines = ["| metric | mean | 95 % interval |", "|---|---|---|"]
         lines += [
-            f"| {name} | {_text(i.value)} | {_text(i.low)} to {_text(i.high)} |"
+            f"| {name} | {_text(i.value)} | {interval_text(i)} |"
             for name, i in self.summary.items()
         ]
         lines += [f"| {name} | {_text(value)} | |" for name, value in self.scalars.items()]
@@ -175,7 +178,13 @@ def evaluate_listener(
     ]
     return Report(
         task="listener",
-        settings=_settings({"listener": listener.describe()}, len(items), seed, resamples),
+        settings=_settings(
+            {"listener": listener.describe()},
+            {"listener": _prints(listener.models())},
+            len(items),
+            seed,
+            resamples,
+        ),
         summary=_summary(rows, names, groups, resamples, seed),
         scalars=scalars,
         references=references,
@@ -195,9 +204,10 @@ def evaluate_speaker(
 
     The primary figures are expectations over the speaker's distribution, sum_u p(u) error(u), which
     carry no noise of drawing a clue; `drawn_mean_error` is that of one drawn clue. `base_...` is
-    the same for the candidates before any pragmatic choice, and `gain` is the base's expected
-    distance less the speaker's. `violations` is the probability of a clue that breaks a rule,
-    `refused` the share of samples with no clue in them, `distinct` the share of different clues.
+    the same for the speaker that proposes, before any pragmatic choice, and `gain` is the base's
+    expected distance less the speaker's. `violations` is the probability of a clue that breaks a
+    rule, `refused` the share of samples with no clue in them, `distinct` the share of different
+    clues.
 
     Args:
         speaker: The speaker.
@@ -220,7 +230,7 @@ def evaluate_speaker(
     tasks, chosen = list(first), list(first.values())
     groups = clusters(chosen)
     proposals = speaker.propose(tasks, seed=seed)
-    drawn = [speaker.draw(c, seed=seed + k) for k, c in enumerate(proposals)]
+    drawn = [speaker.draw(c, seed=stream_seed(seed, k, 0)) for k, c in enumerate(proposals)]
     questions = [
         (scale, clue)
         for (scale, _), candidates in zip(tasks, proposals, strict=True)
@@ -239,10 +249,20 @@ def evaluate_speaker(
         positions,
         np.array([float(i.target) for i in items]),
     )
+    imagined: Listener | None = getattr(speaker, "listener", None)
+    models = {
+        "speaker": _prints(speaker.models()),
+        "imagined listener": _prints(imagined.models() if imagined else []),
+        "judge": _prints(judge.models()),
+    }
     return Report(
         task="speaker",
         settings=_settings(
-            {"speaker": speaker.describe(), "judge": judge.describe()}, len(tasks), seed, resamples
+            {"speaker": speaker.describe(), "judge": judge.describe()},
+            models,
+            len(tasks),
+            seed,
+            resamples,
         ),
         summary=_summary(rows, SPEAKER_METRICS, groups, resamples, seed),
         scalars={},
@@ -251,7 +271,7 @@ def evaluate_speaker(
             "clues in the data, expected_distance": float(human["expected_distance"].mean()),
         },
         rows=rows,
-        notes=_roles(speaker.describe(), judge.describe()),
+        notes=_roles(models, same=imagined is not None and imagined.describe() == judge.describe()),
     )
 
 
@@ -289,8 +309,7 @@ def compare(
     """
     if first.task != second.task:
         raise UserError(f"one report is of a {first.task}, the other of a {second.task}")
-    other = {_row_key(row): row for row in second.rows}
-    pairs = [(row, other[_row_key(row)]) for row in first.rows if _row_key(row) in other]
+    pairs = shared_rows(first, second)
     if not pairs:
         raise UserError("the two reports have no row in common; they must be of the same data")
     names: dict[tuple[str, str], int] = {}
@@ -307,6 +326,12 @@ def compare(
         for name in metrics
         if all(name in a and name in b for a, b in pairs)
     }
+
+
+def shared_rows(first: Report, second: Report) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the rows that two reports have of the same scale, target and clue, in pairs."""
+    other = {_row_key(row): row for row in second.rows}
+    return [(row, other[_row_key(row)]) for row in first.rows if _row_key(row) in other]
 
 
 def _judged(
@@ -345,25 +370,35 @@ def _judged(
     }
 
 
-def _roles(speaker: Mapping[str, Any], judge: Mapping[str, Any]) -> list[str]:
-    """Say which of the three roles are played by one model."""
+def _prints(models: "Sequence[TextModel]") -> list[str]:
+    """Return the fingerprints of some models, each once."""
+    distinct = {id(model): model for model in models}.values()
+    return list(dict.fromkeys(fingerprint(model) for model in distinct))
+
+
+def _roles(models: Mapping[str, list[str]], *, same: bool) -> list[str]:
+    """Say which of the three roles are played by one model.
+
+    `same`: judge and imagined listener describe themselves alike.
+    """
+    speaking, imagined, judging = (
+        set(models[role]) for role in ("speaker", "imagined listener", "judge")
+    )
     notes = []
-    imagined = speaker.get("listener")
-    if imagined == judge:
+    if same and imagined == judging:
         notes.append(
             "Self-play: the judge is the listener that the speaker imagines, so the speaker is "
             "graded by what it optimises. Use another judge for a claim."
         )
-    elif imagined and _model(imagined) and _model(imagined) == _model(judge):
-        notes.append("The judge and the imagined listener are the same model, used differently.")
-    elif _model(speaker) and _model(speaker) == _model(judge):
+    elif imagined & judging:
+        notes.append(
+            "Self-play: the judge and the imagined listener are the same model, used differently."
+        )
+    if speaking & judging:
         notes.append("Self-play: the speaker and the judge are the same model.")
+    if speaking & imagined:
+        notes.append("The speaker imagines a listener of its own model.")
     return notes
-
-
-def _model(described: Mapping[str, Any]) -> object:
-    inner = described.get("speaker") or {}
-    return described.get("model") or inner.get("model")
 
 
 def _place(item: Item) -> dict[str, Any]:
@@ -379,9 +414,12 @@ def _row_key(row: Mapping[str, Any]) -> tuple[object, ...]:
     return row["left"], row["right"], row["target"], row.get("clue")
 
 
-def _settings(players: dict[str, Any], count: int, seed: int, resamples: int) -> dict[str, Any]:
+def _settings(
+    players: dict[str, Any], models: dict[str, list[str]], count: int, seed: int, resamples: int
+) -> dict[str, Any]:
     return {
         **players,
+        "models": models,
         "items": count,
         "seed": seed,
         "resamples": resamples,
@@ -424,5 +462,12 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
+def interval_text(interval: Interval) -> str:
+    """Write the ends of an interval; a dash where one concept pair leaves none."""
+    if math.isnan(interval.low):
+        return "-"
+    return f"{_text(interval.low)} to {_text(interval.high)}"
+
+
 def _text(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.3f}"
+    return "-" if math.isnan(value) else f"{value:.3f}".replace("-0.000", "0.000")

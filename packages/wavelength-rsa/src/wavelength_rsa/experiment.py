@@ -143,7 +143,7 @@ def run_experiment(seed: int = 0, settings: ToySettings | None = None) -> Run:
     # The same questions come up under many settings: each is answered once.
     with tempfile.TemporaryDirectory(prefix="wavelength-rsa-") as folder, ExitStack() as stack:
         cached = (
-            stack.enter_context(CachedModel(model, Path(folder) / f"{i}.sqlite", block=256))
+            stack.enter_context(CachedModel(model, Path(folder) / f"{i}.sqlite"))
             for i, model in enumerate(models)
         )
         return _measure(world, *cached, settings=settings, seed=seed)

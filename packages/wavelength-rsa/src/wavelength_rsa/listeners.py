@@ -4,9 +4,10 @@ All answer with distributions over one grid, `[N, n]`, so that metrics, speakers
 of them. A question is a scale and a clue.
 """
 
+import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeAlias, TypeVar, get_args, overload
@@ -24,6 +25,11 @@ from wavelength_rsa.scales import Distribution, Scale, grid, project
 if TYPE_CHECKING:
     from tenfold_common.lm import Generation, Prompt, Score, TextModel
     from wavelength_rsa.data import Item
+
+logger = logging.getLogger(__name__)
+
+# Prompts that a model gets in one call. What is sampled depends on it, and a kill loses so many.
+TOGETHER = 16
 
 Array: TypeAlias = NDArray[np.float64]
 Question: TypeAlias = tuple[Scale, str]
@@ -45,6 +51,10 @@ class Listener(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return what decides the answers, as JSON: class, model, prompt hash, settings."""
+
+    def models(self) -> "list[TextModel]":
+        """Return the models that answer; none for a listener without one."""
+        return []
 
     @abstractmethod
     def _listen(self, questions: list[Question], seed: int) -> Array:
@@ -254,6 +264,10 @@ class LogprobListener(Listener):
             "end": self.end,
         }
 
+    def models(self) -> "list[TextModel]":
+        """Return the model."""
+        return [self.model]
+
     def _listen(self, questions: list[Question], seed: int) -> Array:
         answers = [self.prompts.answer(int(t)) + self.end for t in grid(self.step)]
         asked = [self.prompts.listener(scale, clue, step=self.step) for scale, clue in questions]
@@ -281,7 +295,11 @@ class LogprobListener(Listener):
 
     def _scores(self, asked: "list[Prompt]", answers: list[str]) -> "list[list[Score]]":
         try:
-            return self.model.score_many(asked, [answers] * len(asked))
+            return [
+                row
+                for block in in_blocks(asked)
+                for row in self.model.score_many(block, [answers] * len(block))
+            ]
         except UserError as error:
             # Some servers leave the log-probabilities out, others refuse the field by its name.
             if not re.search("log-probabilities|logprobs", str(error)):
@@ -368,6 +386,10 @@ class SamplingListener(Listener):
             "max_retries": self.max_retries,
         }
 
+    def models(self) -> "list[TextModel]":
+        """Return the model."""
+        return [self.model]
+
     def _listen(self, questions: list[Question], seed: int) -> Array:
         draws, rounds = draw_readable(
             self.model,
@@ -445,7 +467,7 @@ def draw_readable(
     stop: Sequence[str],
     seed: int,
 ) -> tuple[list[Draw[T]], int]:
-    """Sample replies until every prompt has enough that can be read, all prompts in one call.
+    """Sample replies until every prompt has enough that can be read, `TOGETHER` prompts a call.
 
     Args:
         model: The model.
@@ -469,18 +491,27 @@ def draw_readable(
         missing = [i for i, draw in enumerate(draws) if len(draw.values) < least]
         if not missing:
             return draws, number
-        replies = model.sample(
-            [prompts[i] for i in missing],
-            n=max(n - len(draws[i].values) for i in missing),
-            temperature=temperature,
-            max_tokens=max_tokens,
-            stop=stop,
-            seed=stream_seed(seed, number, 0) % 2**32 if number else seed,
-        )
-        for i, generations in zip(missing, replies, strict=True):
-            for generation in generations[: n - len(draws[i].values)]:
-                _take(draws[i], generation, read, bool(stop))
+        for place, block in enumerate(in_blocks(missing)):
+            replies = model.sample(
+                [prompts[i] for i in block],
+                n=max(n - len(draws[i].values) for i in block),
+                temperature=temperature,
+                max_tokens=max_tokens,
+                stop=stop,
+                seed=stream_seed(seed, number, place) % 2**32 if number or place else seed,
+            )
+            for i, generations in zip(block, replies, strict=True):
+                for generation in generations[: n - len(draws[i].values)]:
+                    _take(draws[i], generation, read, bool(stop))
     return draws, 1 + (retries if temperature else 0)
+
+
+def in_blocks(items: Sequence[T]) -> Iterator[list[T]]:
+    """Yield the items, `TOGETHER` at a time, and log how far it is."""
+    for start in range(0, len(items), TOGETHER):
+        yield list(items[start : start + TOGETHER])
+        if len(items) > TOGETHER:
+            logger.info("%d of %d prompts", min(start + TOGETHER, len(items)), len(items))
 
 
 def _take(

@@ -316,9 +316,8 @@ def _compute(game: _Game, alpha: "float | Tensor", wanted: Sequence[int]) -> "li
     n = game.log_prior.shape[-1]
     size = max(1, BLOCK // (m * n))
     games = math.prod(batch)
-    gradient = torch.is_grad_enabled() and (
-        game.given.requires_grad or getattr(alpha, "requires_grad", False)
-    )
+    inputs = (game.given, game.weight, game.log_prior, alpha)
+    gradient = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in inputs)
     if games <= size or gradient or game.given.device.type != "cpu":
         return compute(game, {})
     # numpy asks for huge pages, torch does not

@@ -100,7 +100,8 @@ def grid_index(
     step, target = _check_step(step), check_position(target)
     if snap is None and target % step:
         raise UserError(
-            f"target {target:g} is not a multiple of step {step}; use step=1 or snap='nearest'"
+            f"target {target:g} is not a multiple of step {step}; use step 1 (--step 1), or in "
+            "Python snap='nearest'"
         )
     return int(target / step + 0.5)
 

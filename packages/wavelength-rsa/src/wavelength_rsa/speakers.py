@@ -48,7 +48,8 @@ class Candidates:
     Attributes:
         clues: c different clues.
         counts: How often each was sampled, `[c]`, int64.
-        prior: `counts` divided by their sum, `[c]`.
+        prior: How probable each was before the choice, `[c]`: of a sampling speaker `probs` itself,
+            of a pragmatic one the `probs` of the speaker that proposes.
         probs: How probable it is that the speaker says each, `[c]`.
         listener: What the imagined listener gives the target after each, L0(target | clue), `[c]`;
             None without such a listener.
@@ -107,6 +108,10 @@ class Speaker(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return what decides the clues, as JSON: class, model, prompt hash, settings."""
+
+    def models(self) -> "list[TextModel]":
+        """Return the models that propose clues; none for a speaker without one."""
+        return []
 
     @abstractmethod
     def _propose(self, tasks: list[Task], seed: int) -> list[Candidates]:
@@ -213,6 +218,10 @@ class SamplingSpeaker(Speaker):
             "max_retries": self.max_retries,
         }
 
+    def models(self) -> "list[TextModel]":
+        """Return the model."""
+        return [self.model]
+
     def _propose(self, tasks: list[Task], seed: int) -> list[Candidates]:
         draws, _ = draw_readable(
             self.model,
@@ -242,7 +251,6 @@ class SamplingSpeaker(Speaker):
             spellings.setdefault(clue_key(clue), Counter())[clue] += 1
         clues = tuple(spelt.most_common(1)[0][0] for spelt in spellings.values())
         counts = np.array([spelt.total() for spelt in spellings.values()], dtype=np.int64)
-        prior = counts / counts.sum()
         rules = self.rules
         violations = tuple(
             tuple(v.code for v in check_clue(clue, scale, rules)) if rules else () for clue in clues
@@ -257,8 +265,9 @@ class SamplingSpeaker(Speaker):
                 "more candidates, or use on_violation='drop' to take the least bad"
             )
         allowed = broken == broken.min() if self.on_violation != "keep" else broken >= 0
-        kept = np.where(allowed, prior, 0.0)
-        return Candidates(clues, counts, prior, kept / kept.sum(), None, violations, refused)
+        kept = np.where(allowed, counts, 0)
+        probs = kept / kept.sum()
+        return Candidates(clues, counts, probs, probs, None, violations, refused)
 
 
 class RSASpeaker(Speaker):
@@ -325,6 +334,10 @@ class RSASpeaker(Speaker):
             "listener": self.listener.describe(),
         }
 
+    def models(self) -> "list[TextModel]":
+        """Return the models that propose; `listener.models()` has those of the imagined one."""
+        return self.speaker.models()
+
     def _propose(self, tasks: list[Task], seed: int) -> list[Candidates]:
         places = [grid_index(target, self.listener.step) for _, target in tasks]
         proposals = self.speaker.propose(tasks, seed=seed)
@@ -359,7 +372,12 @@ class RSASpeaker(Speaker):
         probs[said] = np.exp(log_probs)
         if self.select == "argmax":
             probs = (probs >= probs.max() * (1 - 1e-9)).astype(np.float64)
-        return replace(candidates, probs=probs / probs.sum(), listener=heard[:, place])
+        return replace(
+            candidates,
+            prior=candidates.probs,
+            probs=probs / probs.sum(),
+            listener=heard[:, place],
+        )
 
     def _cost(self, clue: str) -> float:
         if self.cost is None:
@@ -428,6 +446,11 @@ class RSAListener(Listener):
             "listener": self.listener.describe(),
             "alternatives": alternatives,
         }
+
+    def models(self) -> "list[TextModel]":
+        """Return the models of the literal listener and of the speaker of the alternatives."""
+        speaking = isinstance(self.alternatives, Speaker)
+        return self.listener.models() + (self.alternatives.models() if speaking else [])
 
     def _listen(self, questions: list[Question], seed: int) -> Array:
         known = {scale: self._alternatives(scale, seed) for scale, _ in questions}

@@ -82,7 +82,7 @@ class ServerModel:
         self.retries = retries
         self.backoff = backoff
         self.concurrency = concurrency
-        self._extra = dict(extra or {})
+        self.extra = dict(extra or {})
         self._api_key_env = api_key_env
         self._key = _key(api_key_env)
         self.name = model or self._only_model()
@@ -149,7 +149,7 @@ class ServerModel:
         self, prompt: Prompt, fields: Mapping[str, object], halt: threading.Event
     ) -> tuple[dict, dict]:
         """The whole answer and its only choice."""
-        body = {"model": self.name, "n": 1, **fields, **self._extra}
+        body = {"model": self.name, "n": 1, **fields, **self.extra}
         if isinstance(prompt, str):
             answer = self._post("completions", {**body, "prompt": prompt}, halt)
         else:

@@ -95,6 +95,7 @@ class TransformersModel:
         text_config = inner.config.get_text_config()
         self.context = context or getattr(text_config, "max_position_embeddings", None)
         self._inner = inner
+        self.template_options = dict(template_options or {})
         self._tokens = Tokens(tokenizer, template_options, skip_special_tokens)
         self._ends = _end_tokens(inner, tokenizer)
         pads = (tokenizer.pad_token_id, *sorted(self._ends), 0)

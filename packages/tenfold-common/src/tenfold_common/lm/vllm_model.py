@@ -66,6 +66,8 @@ class VLLMModel:
             reason = " ".join(str(error).split())[:400]
             raise UserError(f"vLLM does not start with {str(model)!r}: {reason}") from error
         self.name = source_name(model)
+        self.source = str(model)
+        self.template_options = dict(template_options or {})
         self.tokenizer = self.engine.get_tokenizer()
         self.context = int(self.engine.llm_engine.model_config.max_model_len)
         self._tokens = Tokens(self.tokenizer, template_options, skip_special_tokens)
