@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tenfold_common.errors import UserError
 from wavelength_rsa import rules
-from wavelength_rsa.rules import CODES, Rules, check_clue, normalise_clue, same_clue, stem, words
+from wavelength_rsa.rules import CODES, Rules, check_clue, stem, words
 from wavelength_rsa.scales import Scale
 
 
@@ -59,6 +59,8 @@ def test_fair_clues_break_no_rule(clue: str) -> None:
         ("٣ cats", ["number"]),
         ("x²", ["number"]),
         ("% of it", ["number"]),
+        ("one person", ["number"]),
+        ("no one", []),
         ("Very bicycle", ["hedge"]),
         ("bicycle, almost", ["hedge"]),
         ("kind of bicycle", ["hedge"]),
@@ -80,6 +82,7 @@ def test_function_words_of_an_end_may_be_used_its_other_words_may_not() -> None:
 
 def test_negations_of_an_end_are_seen() -> None:
     assert codes("inexpensive", "Cheap", "Expensive") == ["end_word"]
+    assert codes("expense", "Cheap", "Expensive") == ["end_word"]
     assert codes("finite", "Limited", "Infinite") == ["end_word"]
     assert codes("under the bridge", "Der", "Die") == []  # too short to be un- with something
 
@@ -149,21 +152,9 @@ def test_messages_say_what_was_seen() -> None:
     assert "'Slow'" in found.message
 
 
-def test_clues_are_the_same_up_to_case_form_and_white_space() -> None:
-    assert same_clue("race car", "Race  car ")
-    assert same_clue("café", "CAFE\u0301")
-    assert same_clue("Straße", "STRASSE")
-    assert not same_clue("race car", "racecar")
-    assert not same_clue("cafe", "café")
-    assert normalise_clue(" Race \t car\n") == "Race car"
-    assert normalise_clue("CAFE\u0301") == "CAFÉ"
-
-
 @given(st.text())
-def test_any_text_is_checked_and_normalised(text: str) -> None:
+def test_any_text_is_checked(text: str) -> None:
     assert {v.code for v in check_clue(text, Scale("Slow", "Fast"))} <= set(CODES)
-    assert normalise_clue(normalise_clue(text)) == normalise_clue(text)
-    assert same_clue(text, text)
     assert all(words(word) == [word] for word in words(text))
 
 

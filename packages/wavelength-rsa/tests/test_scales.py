@@ -22,6 +22,7 @@ from wavelength_rsa.scales import (
     grid,
     grid_index,
     project,
+    tidy,
 )
 
 steps = st.sampled_from(STEPS)
@@ -67,6 +68,17 @@ def test_an_end_keeps_its_bytes():
 @given(st.text())
 def test_folding_twice_is_folding_once(text):
     assert fold(fold(text)) == fold(text)
+    assert tidy(tidy(text)) == tidy(text)
+
+
+def test_texts_are_the_same_up_to_case_form_and_white_space():
+    assert fold("race car") == fold("Race  car ")
+    assert fold("café") == fold("CAFE\u0301")
+    assert fold("Straße") == fold("STRASSE")
+    assert fold("race car") != fold("racecar")
+    assert fold("cafe") != fold("café")
+    assert tidy(" Race \t car\n") == "Race car"
+    assert tidy("CAFE\u0301") == "CAFÉ"
 
 
 # --- the grid

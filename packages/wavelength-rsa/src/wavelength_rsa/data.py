@@ -103,11 +103,13 @@ def load_items(path: str | PathLike[str]) -> list[Item]:
     """
     file = Path(path)
     reader = _READERS.get(file.suffix.lower())
+    if file.is_dir():
+        raise UserError(f"{file}: is a folder; name a file in it")
     if reader is None:
         known = ", ".join(_READERS)
         raise UserError(f"{file}: the name must end in {known}, not {file.suffix!r}")
     if not file.is_file():
-        raise UserError(f"{file}: {'is a folder' if file.is_dir() else 'there is no such file'}")
+        raise UserError(f"{file}: there is no such file")
     items: list[Item] = []
     seen: dict[str, str] = {}
     for place, row in reader(file):
@@ -224,7 +226,9 @@ def _csv_rows(file: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
                     )
                 yield place, dict(zip(header, cells, strict=True))
         except UnicodeDecodeError as error:
-            raise UserError(f"{file}, after line {reader.line_num}: not UTF-8 text") from error
+            raise UserError(
+                f"{file}, line {reader.line_num + 1} or later: not UTF-8 text"
+            ) from error
         except csv.Error as error:
             raise UserError(f"{file}, line {reader.line_num}: broken CSV: {error}") from error
 

@@ -105,8 +105,10 @@ class Report:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
+            lacks = isinstance(error, KeyError)
+            reason = f"it lacks {error}" if lacks else str(error)
             raise UserError(
-                f"{path} is no report; wavelength-rsa eval writes them ({error})"
+                f"{path} is no report; wavelength-rsa eval writes them ({reason})"
             ) from error
 
     def table(self) -> str:

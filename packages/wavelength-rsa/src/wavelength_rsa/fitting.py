@@ -82,7 +82,8 @@ def fit_rsa(
 
     The sum over games of human(t) log L(t|heard) is maximised on a grid of alphas, then between the
     neighbours of the best one by L-BFGS-B on log alpha. The bootstrap refits every resample of
-    groups by a parabola through its best three grid points.
+    groups by a parabola through its best three grid points, times what the parabola of all data
+    is off by.
 
     Args:
         log_l0s: N matrices `[m_i, n]`, the literal listener of each game, the utterance heard among
@@ -139,7 +140,7 @@ def fit_rsa(
     alpha = fit(np.ones(len(counts), dtype=bool))
     rng = np.random.default_rng(seed)
     by_group = curve @ np.eye(len(numbers))[codes]  # [A, G]
-    low, high = _bootstrap(by_group, np.log(grid), resamples, rng)
+    low, high = _bootstrap(by_group, np.log(grid), math.log(alpha), resamples, rng)
     parts = _folds(at, fit, literal, codes, folds, rng)
     return FitResult(
         alpha=alpha,
@@ -240,23 +241,31 @@ def _climb(
 
 
 def _bootstrap(
-    curve: Array, log_alphas: Array, resamples: int, rng: np.random.Generator
+    curve: Array, log_alphas: Array, estimate: float, resamples: int, rng: np.random.Generator
 ) -> tuple[float, float]:
-    """Return the 95% interval of alpha from log-likelihoods `[A, G]` of G resampled groups."""
+    """Return the 95% interval of alpha from log-likelihoods `[A, G]` of G resampled groups.
+
+    `estimate` is the log alpha of all of them.
+    """
     size = curve.shape[1]
     if size < 2:
         return math.nan, math.nan
     totals = rng.multinomial(size, np.full(size, 1.0 / size), size=resamples) @ curve.T  # [R, A]
+    bias = estimate - float(_vertices(curve.sum(1)[None], log_alphas)[0])
+    low, high = np.exp(np.quantile(_vertices(totals, log_alphas), [0.025, 0.975]) + bias)
+    return float(low), float(high)
+
+
+def _vertices(totals: Array, log_alphas: Array) -> Array:
+    """Return where the parabola through the best three points is highest, `[R]` of `[R, A]`."""
     best = totals.argmax(1)
     middle = best.clip(1, len(log_alphas) - 2)
     x0, x1, x2 = (log_alphas[middle + i] for i in (-1, 0, 1))
-    y0, y1, y2 = (totals[np.arange(resamples), middle + i] for i in (-1, 0, 1))
+    y0, y1, y2 = (totals[np.arange(len(totals)), middle + i] for i in (-1, 0, 1))
     left, right = (x1 - x0) * (y1 - y2), (x2 - x1) * (y1 - y0)
     bend = left + right  # > 0 unless the three are level
     shift = (right * (x2 - x1) - left * (x1 - x0)) / np.where(bend > 0, 2.0 * bend, math.inf)
-    found = np.where(best == middle, x1 + shift, log_alphas[best])
-    low, high = np.exp(np.quantile(found, [0.025, 0.975]))
-    return float(low), float(high)
+    return np.where(best == middle, x1 + shift, log_alphas[best])
 
 
 def _folds(

@@ -1,6 +1,5 @@
 """Do people listen pragmatically? RSA on top of people's own answers, without any model."""
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,7 +9,7 @@ from tenfold_common.errors import UserError
 from wavelength_rsa import metrics
 from wavelength_rsa.data import Item, clusters, random_halves
 from wavelength_rsa.rsa import RSA
-from wavelength_rsa.scales import grid
+from wavelength_rsa.scales import grid, tidy
 
 Floats = NDArray[np.float64]
 
@@ -113,17 +112,13 @@ def alternatives(
     """
     games = []
     for number, item in enumerate(items):
-        considered = {_form(item.clue): number}
+        considered = {tidy(item.clue): number}
         for member in np.flatnonzero(groups == groups[number]).tolist():
-            considered.setdefault(_form(items[member].clue), member)
+            considered.setdefault(tidy(items[member].clue), member)
         games.append(list(considered.values()))
     width = max(map(len, games))
     padded = np.array([game + game[:1] * (width - len(game)) for game in games])
     return padded, np.arange(width) < np.array([[len(game)] for game in games])
-
-
-def _form(clue: str) -> str:
-    return unicodedata.normalize("NFC", clue).strip()
 
 
 def _scores(

@@ -19,8 +19,7 @@ from tenfold_common.errors import UserError, suggest
 from tenfold_common.lm.base import stream_seed
 from wavelength_rsa.metrics import check_probs
 from wavelength_rsa.prompts import Prompts, prompts_for
-from wavelength_rsa.rules import normalise_clue
-from wavelength_rsa.scales import Distribution, Scale, grid, project
+from wavelength_rsa.scales import Distribution, Scale, grid, project, tidy
 
 if TYPE_CHECKING:
     from tenfold_common.lm import Generation, Prompt, Score, TextModel
@@ -169,7 +168,7 @@ class TableListener(Listener):
             chosen = (item.responses or ())[responses or slice(None)]
             if not chosen:
                 raise UserError(f"item {item.id!r} ({item.clue!r}) has no responses to listen with")
-            key = item.scale.left, item.scale.right, normalise_clue(item.clue)
+            key = item.scale.left, item.scale.right, tidy(item.clue)
             pooled.setdefault(key, []).extend(chosen)
         table = {
             key: Distribution.from_samples(values, step, smoothing).probs
@@ -555,7 +554,7 @@ def check_question(question: Question) -> Question:
     if not fits or not isinstance(question[0], Scale) or not isinstance(question[1], str):
         raise UserError(f"a question is a pair (Scale, clue), not {question!r}")
     scale, clue = question
-    clue = normalise_clue(clue)
+    clue = tidy(clue)
     if not clue:
         raise UserError(f"the clue on {scale} is blank; a clue is a word or a phrase")
     return scale, clue

@@ -31,7 +31,7 @@ Time is linear in the length of the text, whatever it holds, and nothing raises.
 
 import re
 
-from wavelength_rsa.rules import normalise_clue
+from wavelength_rsa.scales import tidy
 
 MAX_CLUE = 200
 _PAIRS = {('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’"), ("*", "*"), ("_", "_"), ("`", "`")}
@@ -122,6 +122,6 @@ def _clue(said: str) -> str | None:
         clue = clue[:-1]
     if "\n" in clue or "\r" in clue or "<" in clue or ">" in clue:
         return None
-    clue = normalise_clue(clue)
+    clue = tidy(clue)
     fits = len(clue) <= MAX_CLUE and clue.isprintable() and any(map(str.isalnum, clue))
     return clue if fits else None

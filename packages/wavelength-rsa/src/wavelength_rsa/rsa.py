@@ -119,7 +119,7 @@ class RSA:
             )
         if self.utility != "log_prob" and self.positions is None:
             raise UserError(f"utility {self.utility!r} needs positions, such as grid(5)")
-        if not 0.0 < self.tau < math.inf:
+        if not _is_number(self.tau) or not 0.0 < self.tau < math.inf:
             raise UserError(f"tau must be a finite number above 0, not {self.tau!r}")
 
     def log_speaker(
@@ -129,7 +129,8 @@ class RSA:
 
         Args:
             log_l0: `[..., m, n]`, log L0(t|u): every row is a distribution over the states. numpy,
-                or torch of any float type; gradients flow to it.
+                or torch in float32 or float64, as half precision does not sum to 1; gradients flow
+                to it.
             mask: `[..., m]` bool, False for padding; padded rows may hold anything and get
                 probability 0. Defaults to all True.
             keep_null: Whether the result has the null utterance, if there is one, as its last row.
@@ -513,13 +514,17 @@ def _number(alpha: "float | Tensor") -> float:
 
 
 def _check_alpha(alpha: "float | Tensor") -> None:
-    number = isinstance(alpha, int | float | np.number) and not isinstance(alpha, bool)
-    if not (number or getattr(alpha, "shape", None) == ()) or not _number(alpha) >= 0:
+    one = _is_number(alpha) or getattr(alpha, "shape", None) == ()
+    if not one or not _number(alpha) >= 0:
         raise UserError(f"alpha must be one number of at least 0, inf included, not {alpha!r}")
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
 def _check_prior_weight(lam: float) -> None:
-    if not 0 <= lam < math.inf:
+    if not _is_number(lam) or not 0 <= lam < math.inf:
         raise UserError(f"prior_weight (lam) must be a finite number of at least 0, not {lam!r}")
 
 

@@ -39,8 +39,8 @@ _FUNCTION_WORDS = _set(
 )
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 # Longest first; one is taken off after the other while three letters remain.
-_SUFFIXES = ("ness", "less", "ment", "ful", "ous", "ing", "ish", "est", "ly", "er", "ed", "es",
-             "al", "s", "i", "e")  # fmt: skip
+_SUFFIXES = ("ness", "less", "ment", "ful", "ous", "ive", "ing", "ish", "est", "ly", "er", "ed",
+             "es", "al", "s", "i", "e")  # fmt: skip
 _LONGEST = 40  # letters; what is longer is no word, and would take long
 _NEGATIONS = ("non", "un", "in", "im", "dis")
 
@@ -132,7 +132,8 @@ def check_clue(clue: str, scale: Scale, rules: Rules = DEFAULT_RULES) -> list[Vi
     if rules.end_words:
         found += _end_words(said, scale)
     if rules.digits:
-        numbers = [w for w in said if w in NUMBER_WORDS or any(map(str.isnumeric, w))]
+        counted = f" {' '.join(said)} ".replace(" no one ", " nobody ").split()
+        numbers = [w for w in counted if w in NUMBER_WORDS or any(map(str.isnumeric, w))]
         # Signs such as Ⅳ, which are letters without their accents, and %.
         numbers += [sign for sign in clue if sign.isnumeric() or sign == "%"]
         if numbers:
@@ -144,37 +145,14 @@ def check_clue(clue: str, scale: Scale, rules: Rules = DEFAULT_RULES) -> list[Vi
     return found
 
 
-def normalise_clue(text: str) -> str:
-    """Return a clue in Unicode NFC, each run of white space a single blank, none around it.
-
-    Case stays. Two clues that agree in this form are one and the same to every listener.
-    """
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def same_clue(a: str, b: str) -> bool:
-    """Return whether two clues differ in case and white space only ("race car", "Race car").
-
-    Example:
-        >>> same_clue("race car", " Race  Car"), same_clue("race car", "racecar")
-        (True, False)
-    """
-    return clue_key(a) == clue_key(b)
-
-
-def clue_key(text: str) -> str:
-    """Return what all spellings of a clue share, see `same_clue`."""
-    # Folding can undo the composed form, so that form comes before and after.
-    return normalise_clue(normalise_clue(text).casefold())
-
-
 @lru_cache(maxsize=4096)
 def stem(word: str) -> str:
     """Return the part of a word that its forms share, crudely.
 
     Taken off, one after the other while three letters remain: 's, the suffixes ness, less, ment,
-    ful, ous, ing, ish, est, ly, er, ed, es, al, s, e and a final y (i); then one of a doubled last
-    consonant. It is not a dictionary: `formal` and `form` share a stem, `long` and `length` do not.
+    ful, ous, ive, ing, ish, est, ly, er, ed, es, al, s, e and a final y (i); then one of a doubled
+    last consonant. It is not a dictionary: `formal` and `form` share a stem, `long` and `length` do
+    not.
 
     Args:
         word: A word as `words` returns it.

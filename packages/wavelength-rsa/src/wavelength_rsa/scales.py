@@ -50,15 +50,23 @@ class Scale:
         return f"{self.left} .. {self.right}"
 
 
+def tidy(text: str) -> str:
+    """Return a text in Unicode NFC, each run of white space a single blank, none around it.
+
+    Case stays. Two clues that agree in this form are one and the same to every listener.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
 def fold(text: str) -> str:
-    """Return a text in the form in which two are compared: Unicode NFC, no case, no blanks around.
+    """Return what all spellings of a text share: `tidy` without case.
 
     Example:
         >>> fold("  Café ") == fold("CAFE\u0301")
         True
     """
     # Folding can undo the composed form, so that form comes before and after.
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).strip()
+    return tidy(tidy(text).casefold())
 
 
 def grid(step: SupportsIndex = 5) -> Floats:

@@ -27,8 +27,8 @@ from wavelength_rsa.listeners import (
 )
 from wavelength_rsa.prompts import Prompts, prompts_for
 from wavelength_rsa.rsa import RSA, production
-from wavelength_rsa.rules import DEFAULT_RULES, Rules, check_clue, clue_key, normalise_clue
-from wavelength_rsa.scales import Scale, check_position, grid, grid_index
+from wavelength_rsa.rules import DEFAULT_RULES, Rules, check_clue
+from wavelength_rsa.scales import Scale, check_position, fold, grid, grid_index, tidy
 
 if TYPE_CHECKING:
     from tenfold_common.lm import TextModel
@@ -247,8 +247,8 @@ class SamplingSpeaker(Speaker):
         self, scale: Scale, target: float, sampled: list[str], refused: int
     ) -> Candidates:
         spellings: dict[str, Counter[str]] = {}
-        for clue in map(normalise_clue, sampled):
-            spellings.setdefault(clue_key(clue), Counter())[clue] += 1
+        for clue in map(tidy, sampled):
+            spellings.setdefault(fold(clue), Counter())[clue] += 1
         clues = tuple(spelt.most_common(1)[0][0] for spelt in spellings.values())
         counts = np.array([spelt.total() for spelt in spellings.values()], dtype=np.int64)
         rules = self.rules
@@ -466,7 +466,7 @@ class RSAListener(Listener):
     def _pragmatic(self, clue: str, heard: Array | None, known: dict[str, Array]) -> Array:
         """Return L1 of one clue; other spellings of it are no alternatives to it."""
         rows = [known[clue] if heard is None else heard]
-        rows += [row for other, row in known.items() if clue_key(other) != clue_key(clue)]
+        rows += [row for other, row in known.items() if fold(other) != fold(clue)]
         with np.errstate(divide="ignore"):
             return self.rsa.listener(np.log(np.stack(rows)))[0]
 
@@ -479,7 +479,7 @@ class RSAListener(Listener):
         if (scale, seed) not in self._known:
             spelt: dict[str, str] = {}
             for clue in self._clues(scale, seed):
-                spelt.setdefault(clue_key(clue), clue)
+                spelt.setdefault(fold(clue), clue)
             rows = self.listener.listen([(scale, clue) for clue in spelt.values()], seed=seed)
             self._known[scale, seed] = dict(zip(spelt.values(), rows, strict=True))
         return self._known[scale, seed]
