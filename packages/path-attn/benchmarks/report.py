@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from tenfold_common.cli import run
-from tenfold_common.errors import UserError
-from tenfold_common.results import Result, load_bench, update_between_markers
+from tenfold_common.readme import link, machine, newest, update_readmes
+from tenfold_common.results import Result, claims_table, load_bench, markdown_table
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -17,28 +17,6 @@ READMES = {HERE.parent / "README.md": "benchmarks/", HERE / "README.md": ""}
 OURS, GLOBAL, SDPA, FLA = "path-attn", "path-attn global form", "SDPA with RoPE", "fla naive"
 GATED = "path-attn (gates)"
 NAMES = {"path": "PaTH", "path_fox": "PaTH-FoX", "fox": "FoX", "rope": "RoPE", "nope": "NoPE"}
-
-
-def newest(kind: str) -> Path | None:
-    """The newest result of a kind; file names end in the date."""
-    found = sorted(RESULTS.glob(f"{kind}_*.json"), key=lambda path: path.stem.rsplit("_", 1)[-1])
-    return found[-1] if found else None
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A markdown table."""
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def source(path: Path, folder: str) -> str:
-    """One line that says where the numbers come from."""
-    bench = load_bench(path)
-    env = bench["environment"]
-    return (
-        f"[{path.name}]({folder}results/{path.name}): {env['cpu']}, {env['threads']} threads, "
-        f"torch {env['torch']}; made by `{bench['command']}`."
-    )
 
 
 def _by(rows: list[dict], value: str) -> dict[tuple[str, str, str], dict[str, float]]:
@@ -66,7 +44,7 @@ def attention_table(path: Path) -> str:
         rows.append([shape.split()[1], name, *cells, *ratios])
     columns = ["T", "pass", "PaTH ms", "PaTH-FoX ms", "SDPA+RoPE ms", "fla naive ms", "global ms"]
     ratios = ["PaTH / SDPA", "fla / PaTH-FoX", "global / PaTH"]
-    return table([*columns, *ratios], rows)
+    return markdown_table([*columns, *ratios], rows)
 
 
 def memory_table(path: Path) -> str:
@@ -76,7 +54,7 @@ def memory_table(path: Path) -> str:
         cells = [f"{size[i] / 2**20:.0f}" if i in size else "-" for i in (OURS, SDPA, FLA, GLOBAL)]
         rows.append([shape.split()[1], name, *cells, _ratio(size.get(GLOBAL), size[OURS])])
     columns = ["T", "pass", "PaTH MiB", "SDPA+RoPE MiB", "fla naive MiB", "global MiB"]
-    return table([*columns, "global / PaTH"], rows)
+    return markdown_table([*columns, "global / PaTH"], rows)
 
 
 def decode_table(path: Path) -> str:
@@ -89,15 +67,15 @@ def decode_table(path: Path) -> str:
         ratios = [_ratio(ms[lazy], ms[plain]), _ratio(ms[lazy], ms[matmul])]
         rows.append([shape, dtype, *cells, *ratios, _ratio(ms[rewrite], ms[lazy])])
     columns = ["shape", "dtype", "lazy fold", "SDPA", "matmul softmax", "rewriting"]
-    return table([*columns, "lazy / SDPA", "lazy / matmul", "rewriting / lazy"], rows)
+    return markdown_table([*columns, "lazy / SDPA", "lazy / matmul", "rewriting / lazy"], rows)
 
 
 def demo_table(path: Path) -> str:
     """The demo's tables and claims."""
     result = Result.load(path)
-    rows = [[c.name, c.claimed, f"{c.measured:.4g} {c.unit}", c.expected] for c in result.claims]
-    tables = [table(t.columns, [[_cell(x) for x in row] for row in t.rows]) for t in result.tables]
-    return "\n\n".join([tables[0], table(["claim", "claimed", "measured", "expected"], rows)])
+    first = result.tables[0]
+    claims = claims_table(result.claims, verdict=False)
+    return f"{markdown_table(first.columns, first.rows)}\n\n{claims}"
 
 
 def text_table(path: Path) -> str:
@@ -112,11 +90,7 @@ def text_table(path: Path) -> str:
         )
     lengths = [f"{row['length']} tokens" for row in report["rows"]]
     last = f"tokens {last['start']} to {last['end']}"
-    return table(["encoding", *lengths, last, "parameters"], rows)
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+    return markdown_table(["encoding", *lengths, last, "parameters"], rows)
 
 
 TABLES = {
@@ -130,27 +104,14 @@ TABLES = {
 
 def text_of(kind: str, folder: str) -> str:
     """What stands between the markers of a kind; `folder` leads from the file to benchmarks/."""
-    path = newest(kind)
-    if path is None:
-        raise UserError(f"results/ has no {kind}_<hardware>_<yyyymmdd>.json")
-    line = f"[{path.name}]({folder}results/{path.name})"
+    path = newest(RESULTS, kind)
+    line = link(path, folder)
     if kind in ("attention", "memory", "decode"):
-        line = source(path, folder)
+        bench = load_bench(path)
+        line += f": {machine(bench)}; made by `{bench['command']}`."
     return f"{TABLES[kind](path)}\n\n{line}"
 
 
-def main(argv: list[str]) -> int:
-    """Rewrite both files."""
-    if argv:
-        raise UserError(f"report.py takes no arguments, got {' '.join(argv)}")
-    for kind in TABLES:
-        for readme, folder in READMES.items():
-            changed = update_between_markers(readme, kind, text_of(kind, folder))
-            print(
-                f"{readme.relative_to(HERE.parent)}: {kind} {'updated' if changed else 'as it was'}"
-            )
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run(main))
+    files = {readme: (folder, TABLES) for readme, folder in READMES.items()}
+    sys.exit(run(lambda argv: update_readmes(argv, files, text_of, HERE.parent)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tenfold_common.seed import seed_everything
-from tenfold_common.testing import no_network, poisoned_empty
+from tenfold_common.testing import no_network, poisoned_empty, real_data_folder
 
 torch.set_num_threads(1)
 
@@ -27,8 +27,5 @@ def _same_conditions() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """Return the folder of real data, or skip the test."""
-    root = Path(__file__).resolve().parents[3]
-    folder = Path(os.environ.get("TENFOLD_DATA", root.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no real data: {folder} is not there; set TENFOLD_DATA")
-    return folder
+    folder = real_data_folder(__file__)
+    return folder or pytest.skip("no real data: set TENFOLD_DATA to their folder")

@@ -2,13 +2,18 @@
 
 import importlib
 import inspect
-import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import pytest
 
 import path_attn
+from tenfold_common.testing import (
+    assert_documented,
+    defaults,
+    import_time,
+    imported_by,
+    positional,
+)
 
 NAMES = {
     "PaTHAttention",
@@ -27,21 +32,6 @@ NAMES = {
 TENSORS = ["q", "k", "v", "w", "beta", "g"]
 
 
-def in_fresh_python(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    return done.stdout.strip()
-
-
-def defaults(function) -> dict:
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
-
-
 def test_all_is_the_promised_list():
     assert set(path_attn.__all__) == NAMES
     assert sorted(path_attn.__all__) == list(path_attn.__all__)
@@ -55,7 +45,7 @@ def test_every_public_name_resolves(name):
 
 @pytest.mark.parametrize("name", sorted(NAMES - {"__version__"}))
 def test_every_public_name_has_a_docstring(name):
-    assert inspect.getdoc(getattr(path_attn, name))
+    assert_documented(getattr(path_attn, name))
 
 
 def test_unknown_name_is_an_attribute_error_that_names_it():
@@ -64,17 +54,12 @@ def test_unknown_name_is_an_attribute_error_that_names_it():
 
 
 def test_version_is_the_distribution_s():
-    try:
-        installed = version("path-attn")
-    except PackageNotFoundError:
-        pytest.skip("path-attn is run from its source folder, no distribution is installed")
-    assert path_attn.__version__ == installed
+    assert path_attn.__version__ == version("path-attn")
 
 
 def test_path_attention_signature():
     parameters = inspect.signature(path_attn.path_attention).parameters
-    positional = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert positional == TENSORS
+    assert positional(path_attn.path_attention) == TENSORS
     expected = {
         "g": None,
         "scale": None,
@@ -134,24 +119,16 @@ def test_cache_methods():
 
 def test_importing_the_package_pulls_in_nothing_heavy():
     heavy = ("torch", "transformers", "triton", "numpy", "accelerate", "matplotlib", "datasets")
-    code = f"import sys, path_attn; print([m for m in {heavy} if m in sys.modules])"
-    assert in_fresh_python(code) == "[]"
+    assert imported_by("import path_attn", heavy) == []
 
 
 def test_importing_the_package_takes_under_50_ms():
-    code = (  # processor time: a busy machine must not fail this
-        "import time; start = time.process_time(); import path_attn; "
-        "print(time.process_time() - start)"
-    )
-    assert min(float(in_fresh_python(code)) for _ in range(3)) < 0.05
+    assert import_time("path_attn") < 0.05
 
 
 def test_importing_the_operation_pulls_in_neither_transformers_nor_triton():
-    code = (
-        "import sys, path_attn; path_attn.path_attention; path_attn.PaTHKVCache; "
-        "print([m for m in ('transformers', 'triton', 'accelerate') if m in sys.modules])"
-    )
-    assert in_fresh_python(code) == "[]"
+    code = "import path_attn; path_attn.path_attention; path_attn.PaTHKVCache"
+    assert imported_by(code, ("transformers", "triton", "accelerate")) == []
 
 
 def test_backend_modules_are_importable_by_their_documented_names():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tenfold_common.seed import seed_everything
-from tenfold_common.testing import no_network
+from tenfold_common.testing import no_network, real_data_folder
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("house", derandomize=True, deadline=None, max_examples=60)
@@ -31,8 +31,5 @@ def _same_conditions() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """Return the folder of real data, or skip the test."""
-    root = Path(__file__).resolve().parents[3]
-    folder = Path(os.environ.get("TENFOLD_DATA", root.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no real data: {folder} is not there; set TENFOLD_DATA")
-    return folder
+    folder = real_data_folder(__file__)
+    return folder or pytest.skip("no real data: set TENFOLD_DATA to their folder")

@@ -1,19 +1,14 @@
 """vLLM for real: an engine in this process, then a server on loopback, with one tiny model."""
 
-import http.client
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 
 import pytest
 
 from rlcr.cli import main
 from rlcr.evaluation import evaluate
 from tenfold_common.lm import ServerModel, TransformersModel, VLLMModel
+from tenfold_common.testing import letter_tokenizer, vllm_server
 from tenfold_common.tiny import tiny_llama
 
 pytestmark = [
@@ -21,10 +16,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # vLLM and what it brings warn at import and at start
 ]
 
-TEMPLATE = (
-    "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
-    "{% if add_generation_prompt %}<bos>assistant: {% endif %}"
-)
 TEXTS = [
     {"id": f"t{i}", "prompt": f"{i} + {i} = ", "answer": f"{2 * i}", "verifier": "exact_match"}
     for i in range(5)
@@ -34,25 +25,6 @@ CHATS = [
     for i, row in enumerate(TEXTS)
 ]
 NAMED = {"max_tokens": 16, "batch_size": 3}
-
-
-def letter_tokenizer():
-    """One token per ASCII letter: half a letter at the end of a text is cut off differently."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = ["<pad>", "<bos>", "<eos>", *map(chr, range(33, 127)), "\u0120", "\u010a"]
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()  # which writes a space as U+0120, a new line as U+010A
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        clean_up_tokenization_spaces=False,
-        chat_template=TEMPLATE,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -92,50 +64,9 @@ def engine(folder):
 @pytest.fixture(scope="module")
 def server(folder):
     pytest.importorskip("vllm")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
-        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
-        *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"),
-    ]
     log = folder.parent / "server.log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
-            start_new_session=True,
-        )
-    try:
-        _wait_until_healthy(port, process, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
-
-
-def _wait_until_healthy(port, process, log):
-    end = time.monotonic() + 300
-    while time.monotonic() < end:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        assert process.poll() is None, log.read_text("utf-8", "replace")[-3000:]
-        try:
-            connection.request("GET", "/health")
-            with connection.getresponse() as answer:
-                if answer.status == 200:
-                    return
-        except (ConnectionError, TimeoutError):
-            time.sleep(0.5)
-        finally:
-            connection.close()
-    raise AssertionError(f"no server after 300 s: {log.read_text('utf-8', 'replace')[-3000:]}")
+    with vllm_server(folder, log=log, arguments=("--max-model-len", "512")) as address:
+        yield address
 
 
 KINDS = pytest.mark.parametrize(("kind", "rows"), [("texts", TEXTS), ("chats", CHATS)])

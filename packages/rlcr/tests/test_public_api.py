@@ -2,13 +2,19 @@
 
 import importlib.util
 import inspect
-import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import pytest
 
 import rlcr
+from tenfold_common.testing import (
+    assert_documented,
+    defaults,
+    import_time,
+    imported_by,
+    in_fresh_python,
+    positional,
+)
 
 NAMES = {
     "CalibrationReport",
@@ -46,26 +52,6 @@ HEAVY = (
 )  # fmt: skip
 
 
-def in_fresh_python(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    return done.stdout.strip()
-
-
-def defaults(function) -> dict:
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
-
-
-def positional(function) -> list[str]:
-    parameters = inspect.signature(function).parameters
-    return [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-
-
 def test_all_is_the_promised_list():
     assert set(rlcr.__all__) == NAMES
     assert sorted(rlcr.__all__) == list(rlcr.__all__)
@@ -79,14 +65,7 @@ def test_every_public_name_resolves(name):
 
 @pytest.mark.parametrize("name", sorted(NAMES - {"__version__"}))
 def test_every_public_name_has_a_docstring(name):
-    value = getattr(rlcr, name)
-    assert inspect.getdoc(value)
-    if inspect.isclass(value):  # its own one, not that of a base class or a dataclass
-        assert not value.__doc__.startswith(f"{name}(")
-        members = {k: v for k, v in vars(value).items() if not k.startswith("_")}
-        for key, member in members.items():
-            if inspect.isfunction(member) or isinstance(member, (classmethod, property)):
-                assert inspect.getdoc(getattr(value, key)), key
+    assert_documented(getattr(rlcr, name))
 
 
 def test_unknown_name_is_an_attribute_error_that_names_it():
@@ -95,11 +74,7 @@ def test_unknown_name_is_an_attribute_error_that_names_it():
 
 
 def test_version_is_the_distribution_s():
-    try:
-        installed = version("rlcr")
-    except PackageNotFoundError:
-        pytest.skip("rlcr is run from its source folder, no distribution is installed")
-    assert rlcr.__version__ == installed
+    assert rlcr.__version__ == version("rlcr")
 
 
 def test_evaluate_is_the_function_whatever_was_imported_before():
@@ -192,26 +167,21 @@ def test_no_function_swallows_unknown_names():
 
 
 def test_importing_the_package_pulls_in_nothing_heavy():
-    code = f"import sys, rlcr; print([m for m in {HEAVY} if m in sys.modules])"
-    assert in_fresh_python(code) == "[]"
+    assert imported_by("import rlcr", HEAVY) == []
 
 
 def test_importing_the_package_takes_under_50_ms():
-    code = (  # processor time: a busy machine must not fail this
-        "import time; start = time.process_time(); import rlcr; print(time.process_time() - start)"
-    )
-    assert min(float(in_fresh_python(code)) for _ in range(3)) < 0.05
+    assert import_time("rlcr") < 0.05
 
 
 def test_metrics_votes_and_rewards_need_no_torch():
     code = (
-        "import sys, rlcr; rlcr.calibration_report([0.9, 0.1], [1, 0], ci=None); "
+        "import rlcr; rlcr.calibration_report([0.9, 0.1], [1, 0], ci=None); "
         "rlcr.aggregate(['a', 'b'], [0.5, 0.6]); rlcr.RLCRReward(verifier='exact_match'); "
-        "rlcr.parse_completion('x'); rlcr.read_predictions; rlcr.evaluate; "
-        "print([m for m in ('torch', 'transformers', 'trl', 'datasets', 'sklearn', 'matplotlib', "
-        "'math_verify') if m in sys.modules])"
+        "rlcr.parse_completion('x'); rlcr.read_predictions; rlcr.evaluate"
     )
-    assert in_fresh_python(code) == "[]"
+    heavy = ("torch", "transformers", "trl", "datasets", "sklearn", "matplotlib", "math_verify")
+    assert imported_by(code, heavy) == []
 
 
 def test_modules_are_importable_by_their_documented_names():

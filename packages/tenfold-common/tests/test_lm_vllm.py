@@ -1,17 +1,11 @@
 """vLLM for real: an engine in this process, then a server on loopback, with one tiny model."""
 
-import http.client
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 
 import pytest
 
 from tenfold_common import ServerModel, TransformersModel, UserError, VLLMModel, tiny_llama
-from tenfold_common.testing import no_network
+from tenfold_common.testing import no_network, vllm_server
 
 pytestmark = [
     pytest.mark.vllm,
@@ -57,50 +51,9 @@ def engine(folder):
 @pytest.fixture(scope="module")
 def server(folder):
     pytest.importorskip("vllm")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
-        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "256"),
-        *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"),
-    ]
     log = folder.parent / "server.log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
-            start_new_session=True,
-        )
-    try:
-        _wait_until_healthy(port, process, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
-
-
-def _wait_until_healthy(port, process, log):
-    end = time.monotonic() + 300
-    while time.monotonic() < end:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        assert process.poll() is None, log.read_text("utf-8", "replace")[-3000:]
-        try:
-            connection.request("GET", "/health")
-            with connection.getresponse() as answer:
-                if answer.status == 200:
-                    return
-        except (ConnectionError, TimeoutError):
-            time.sleep(0.5)
-        finally:
-            connection.close()
-    raise AssertionError(f"no server after 300 s: {log.read_text('utf-8', 'replace')[-3000:]}")
+    with vllm_server(folder, log=log, arguments=("--max-model-len", "256")) as address:
+        yield address
 
 
 def same_scores(found, wanted):

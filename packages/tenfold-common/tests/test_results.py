@@ -23,6 +23,7 @@ from tenfold_common import (
     update_between_markers,
     write_bench,
 )
+from tenfold_common.results import claims_table, markdown_table
 
 SHARED_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20)
@@ -209,6 +210,25 @@ def test_markdown():
         "- a note\n"
     )
     assert Result("p", "t", "", []).markdown() == "\n"
+
+
+def test_a_table_of_cells():
+    rows = [["a|b", 0.123456, None], ["two\nlines", True, 3]]
+    assert markdown_table(["x", "y|z", "w"], rows) == (
+        "| x | y\\|z | w |\n|---|---|---|\n| a\\|b | 0.1235 | - |\n| two lines | yes | 3 |"
+    )
+    assert markdown_table(["x"], [], rule=" :-: ") == "| x |\n| :-: |"
+
+
+def test_claims_with_and_without_a_verdict():
+    found = [Claim("a", "it holds", 2.0, "> 1", True), Claim("b", "so too", 2.0, "< 1", False, "%")]
+    assert claims_table(found) == (
+        "| claim | claimed | measured | expected | result |\n|---|---|---|---|---|\n"
+        "| a | it holds | 2 | > 1 | PASS |\n| b | so too | 2 % | < 1 | FAIL |"
+    )
+    assert claims_table(found[:1], rule="-", verdict=False) == (
+        "| claim | claimed | measured | expected |\n|-|-|-|-|\n| a | it holds | 2 | > 1 |"
+    )
 
 
 # environment ----------------------------------------------------------------------------------

@@ -1,5 +1,10 @@
+import dataclasses
+import fcntl
+import json
 import math
 import socket
+import subprocess
+import time
 import urllib.request
 
 import pytest
@@ -12,7 +17,18 @@ from tenfold_common import (
     poisoned_empty,
     rms_ratio,
 )
-from tenfold_common.testing import NetworkBlockedError
+from tenfold_common.testing import (
+    NetworkBlockedError,
+    assert_documented,
+    defaults,
+    import_time,
+    imported_by,
+    in_fresh_python,
+    letter_tokenizer,
+    positional,
+    real_data_folder,
+    vllm_server,
+)
 
 # the two-times rule ---------------------------------------------------------------------------
 
@@ -198,3 +214,228 @@ def test_unix_sockets_pass(tmp_path, monkeypatch):
     with one, other:
         one.sendall(b"x")
         assert other.recv(1) == b"x"
+
+
+# real data ------------------------------------------------------------------------------------
+
+
+def test_real_data_are_beside_the_repository_or_where_the_variable_says(tmp_path, monkeypatch):
+    monkeypatch.delenv("TENFOLD_DATA", raising=False)
+    start = tmp_path / "repository" / "packages" / "rlcr" / "tests" / "conftest.py"
+    start.parent.mkdir(parents=True)
+    assert real_data_folder(start) is None
+    beside = tmp_path / "shared" / "data"
+    beside.mkdir(parents=True)
+    assert real_data_folder(start) == real_data_folder(str(start)) == beside
+    assert real_data_folder(beside / "conftest.py") is None  # no repository
+    monkeypatch.setenv("TENFOLD_DATA", str(start.parent))
+    assert real_data_folder(start) == start.parent
+    monkeypatch.setenv("TENFOLD_DATA", str(start.parent / "absent"))
+    assert real_data_folder(start) is None
+
+
+# a server -------------------------------------------------------------------------------------
+
+# In place of vLLM's: first it is busy, then it answers with its arguments. A child holds a lock.
+FAKE_SERVER = """
+import json, os, signal, subprocess, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+behaviour = os.environ["FAKE"]
+if behaviour == "dies":
+    sys.exit("x" * 5000 + "no memory")
+if behaviour == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which a child inherits
+child = "import fcntl, os, time; file = open(os.environ['LOCK'], 'w'); "
+child += "fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE).stdout.readline()
+busy = [503] * (10**6 if behaviour == "busy" else 1)
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(busy.pop() if busy else 200)
+        self.end_headers()
+        facts = [*sys.argv[1:], os.environ["VLLM_CPU_KVCACHE_SPACE"]]
+        self.wfile.write(json.dumps(facts).encode())
+
+port = int(sys.argv[sys.argv.index("--port") + 1])
+HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+class TestServer:
+    @pytest.fixture(autouse=True)
+    def _offline(self):
+        with no_network(allow_loopback=True):
+            yield
+
+    @pytest.fixture
+    def lock(self, tmp_path, monkeypatch):
+        """The file that the child of the fake server locks while it lives."""
+        module = tmp_path / "fake" / "vllm" / "entrypoints" / "openai" / "api_server.py"
+        module.parent.mkdir(parents=True)
+        module.write_text(FAKE_SERVER)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+        monkeypatch.setenv("LOCK", str(tmp_path / "lock"))
+        return tmp_path / "lock"
+
+    @staticmethod
+    def is_held(lock):
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+
+    def wait_until_free(self, lock):
+        """A process that was killed takes a moment to go."""
+        end = time.monotonic() + 10
+        while self.is_held(lock):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    def test_it_answers_and_is_gone_afterwards_with_its_children(self, lock, tmp_path, monkeypatch):
+        monkeypatch.setenv("FAKE", "obeys")
+        arguments = ("--max-model-len", "256")
+        with vllm_server("m", log=tmp_path / "log", name="n", arguments=arguments) as address:
+            with urllib.request.urlopen(address, timeout=10) as answer:  # noqa: S310 - loopback
+                found = json.load(answer)
+            assert self.is_held(lock)
+        self.wait_until_free(lock)
+        port = address.rpartition(":")[2]
+        assert found == [
+            *("--model", "m", "--dtype", "float32", "--enforce-eager", "--served-model-name", "n"),
+            *("--host", "127.0.0.1", "--port", port, "--max-model-len", "256", "1"),
+        ]
+        assert "GET /health" in (tmp_path / "log").read_text()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(port)), timeout=10)
+
+    def test_who_does_not_end_when_asked_is_killed(self, lock, tmp_path, monkeypatch):
+        monkeypatch.setenv("FAKE", "stubborn")
+        monkeypatch.setattr("tenfold_common.testing._TO_STOP", 0.5)
+        monkeypatch.setattr("tenfold_common.testing._TO_CLEAR_UP", 0.5)
+        with vllm_server("m", log=tmp_path / "log") as address:
+            pass
+        self.wait_until_free(lock)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=10)
+
+    def test_one_that_dies_is_an_error_with_the_end_of_its_log(self, lock, tmp_path, monkeypatch):
+        monkeypatch.setenv("FAKE", "dies")
+        with (
+            pytest.raises(AssertionError, match=r"^the server ended: x{2990}no memory\n$"),
+            vllm_server("m", log=tmp_path / "log"),
+        ):
+            pass
+        assert not lock.exists()
+
+    def test_one_that_is_not_ready_in_time_is_an_error(self, lock, tmp_path, monkeypatch):
+        monkeypatch.setenv("FAKE", "busy")
+        with (
+            pytest.raises(AssertionError, match=r"^the server did not answer in 1 s: "),
+            vllm_server("m", log=tmp_path / "log", seconds=1),
+        ):
+            pass
+        self.wait_until_free(lock)
+
+
+def test_letters_go_in_and_come_out():
+    tokenizer = letter_tokenizer()
+    text = "Is 1 + 1 = 2?\nYes!"
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text)
+    assert tokenizer.decode(ids) == text
+    chat = [{"role": "user", "content": "Hi"}]
+    shown = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert shown == "<bos>user: Hi<eos><bos>assistant: "
+
+
+# what a package offers ------------------------------------------------------------------------
+
+
+def test_a_fresh_python_prints_or_fails():
+    assert in_fresh_python("print(' a b ')") == "a b"
+    with pytest.raises(subprocess.CalledProcessError):
+        in_fresh_python("1 / 0")
+
+
+def test_imported_modules_are_named_in_the_order_asked_for():
+    modules = ("torch", "wave", "json")
+    assert imported_by("import json", modules) == ["json"]
+    assert imported_by("import json, wave", modules) == ["wave", "json"]
+    assert imported_by("pass", ("torch",)) == []
+
+
+def test_the_time_of_an_import_is_that_of_the_module(tmp_path, monkeypatch):
+    (tmp_path / "busy_module.py").write_text(
+        "import time\nend = time.process_time() + 0.2\nwhile time.process_time() < end: pass\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert 0.2 <= import_time("busy_module") < 2
+    assert 0 <= import_time("sys") < 0.1
+
+
+def test_parameters_by_kind_and_default():
+    def function(a, b, c=1, *rest, d, e=None, **named):
+        pass
+
+    assert positional(function) == ["a", "b", "c"]
+    assert defaults(function) == {"c": 1, "e": None}
+
+
+class Documented:
+    """It has a docstring."""
+
+    def method(self):
+        """So has this."""
+
+    @classmethod
+    def make(cls):
+        """And this."""
+
+    @property
+    def size(self):
+        """And that."""
+
+    def _private(self):
+        pass
+
+    number = 1
+
+
+class Child(Documented):
+    """Its method has the docstring of the parent's."""
+
+    def method(self):
+        pass
+
+
+class Bare(Documented):
+    pass
+
+
+def test_what_is_documented_passes():
+    assert_documented(Documented)
+    assert_documented(Documented.method)
+    assert_documented(Child)
+
+
+@pytest.mark.parametrize("kind", ["function", "classmethod", "property"])
+def test_a_member_without_a_docstring_is_named(kind):
+    def bare(self):
+        pass
+
+    member = {"function": bare, "classmethod": classmethod(bare), "property": property(bare)}[kind]
+    with pytest.raises(AssertionError, match=r"^Some\.bare has no docstring$"):
+        assert_documented(type("Some", (), {"__doc__": "Some.", "bare": member}))
+
+
+def test_a_missing_or_generated_docstring_is_an_error():
+    with pytest.raises(AssertionError, match=r"has no docstring$"):
+        assert_documented(triple)
+    with pytest.raises(AssertionError, match=r"has no docstring of its own$"):
+        assert_documented(Bare)
+    with pytest.raises(AssertionError, match=r"has no docstring of its own$"):
+        assert_documented(dataclasses.make_dataclass("Point", ["x"]))

@@ -5,12 +5,13 @@ Usage: python benchmarks/report.py   (nothing to type into a README by hand)
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tenfold_common.cli import run
-from tenfold_common.errors import UserError
-from tenfold_common.results import Result, load_bench, update_between_markers
+from tenfold_common.readme import bench_table, link, newest, update_readmes
+from tenfold_common.results import Result, claims_table, markdown_table
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -18,11 +19,8 @@ READMES = {  # the file, the way from it to benchmarks/, and the tables in it
     HERE.parent / "README.md": ("benchmarks/", ("demo", "human")),
     HERE / "README.md": ("", ("scoring", "rsa")),
 }
-SHARING = (
-    "score",
-    "score_many",
-    "sample",
-)  # of tenfold_common.lm, what listeners and speakers call
+# Of tenfold_common.lm, what listeners and speakers call.
+SHARING = ("score", "score_many", "sample")
 PEOPLE = {
     "humans": "mean of 40 people",
     "half": "mean of 20 people",
@@ -32,63 +30,13 @@ PEOPLE = {
 }
 
 
-def newest(kind: str) -> Path | None:
-    """The newest result of a kind; file names end in the date."""
-    found = sorted(RESULTS.glob(f"{kind}_*.json"), key=lambda path: path.stem.rsplit("_", 1)[-1])
-    return found[-1] if found else None
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """A markdown table."""
-    columns = [column.replace("|", "\\|") for column in columns]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def bench_table(path: Path) -> str:
-    """Every row: what, by whom, milliseconds, and the peer's time over ours."""
-    bench = load_bench(path)
-    ours = {(row["name"], row["shape"]): row["median_ms"] for row in bench["rows"] if _is_ours(row)}
-    rows = []
-    for row in bench["rows"]:
-        own = ours.get((row["name"], row["shape"]))
-        mine = _is_ours(row)
-        ratio = "" if own is None or mine else f"{row['median_ms'] / own:.1f}"
-        rows.append([row["name"], row["shape"], row["impl"], _ms(row["median_ms"]), ratio])
-    env = bench["environment"]
-    threads = f"{env['threads']} threads, " if env["threads"] else ""
-    line = f"{env['cpu']}, {threads}torch {env['torch']}; `{bench['command']}`."
-    body = table(["what", "size", "by", "ms", "time over ours"], rows)
-    return "\n\n".join([body, "\n".join(f"- {note}" for note in bench["notes"]), line])
-
-
-def _is_ours(row: dict[str, Any]) -> bool:
-    return row["impl"].startswith("wavelength_rsa") or row["impl"] in SHARING
-
-
-def _ms(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
-
-
 def demo_table(path: Path) -> str:
     """The demo's speakers, the error by number of clues, and the claims."""
     result = Result.load(path)
-    claims = [
-        [c.name, c.claimed, f"{c.measured:.4g}", c.expected, "PASS" if c.passed else "FAIL"]
-        for c in result.claims
-    ]
     parts = [f"{result.summary} Seeds {', '.join(map(str, result.seeds))}."]
     for one in result.tables[1:3]:
-        cells = [[_cell(x) for x in row] for row in one.rows]
-        parts += [f"{one.title}:", table(one.columns, cells)]
-    return "\n\n".join(
-        [*parts, table(["claim", "claimed", "measured", "expected", "result"], claims)]
-    )
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+        parts += [f"{one.title}:", markdown_table(one.columns, one.rows)]
+    return "\n\n".join([*parts, claims_table(result.claims)])
 
 
 def human_table(path: Path) -> str:
@@ -112,7 +60,7 @@ def human_table(path: Path) -> str:
         "RSA on half of the answers, scored on the target and on the other half",
         *(n.replace("_", " ") for n in names),
     ]
-    return "\n\n".join([table(head, rows), table(reason, [literal, *changes])])
+    return "\n\n".join([markdown_table(head, rows), markdown_table(reason, [literal, *changes])])
 
 
 def _interval(value: dict[str, Any] | None, *, signed: bool = False) -> str:
@@ -125,29 +73,19 @@ def _interval(value: dict[str, Any] | None, *, signed: bool = False) -> str:
     return f"{text} ({value['low']:{sign}.2f} to {value['high']:{sign}.2f})"
 
 
-TABLES = {"demo": demo_table, "human": human_table, "scoring": bench_table, "rsa": bench_table}
+def _is_ours(row: dict[str, Any]) -> bool:
+    return row["impl"].startswith("wavelength_rsa") or row["impl"] in SHARING
+
+
+SPEED = partial(bench_table, ours=_is_ours, ratio=".1f", whole=",.0f")
+TABLES = {"demo": demo_table, "human": human_table, "scoring": SPEED, "rsa": SPEED}
 
 
 def text_of(kind: str, folder: str) -> str:
     """What stands between the markers of a kind; `folder` leads from the file to benchmarks/."""
-    path = newest(kind)
-    if path is None:
-        raise UserError(f"results/ has no {kind}_<hardware>_<yyyymmdd>.json")
-    return f"{TABLES[kind](path)}\n\n[{path.name}]({folder}results/{path.name})"
-
-
-def main(argv: list[str]) -> int:
-    """Rewrite both files."""
-    if argv:
-        raise UserError(f"report.py takes no arguments, got {' '.join(argv)}")
-    for readme, (folder, kinds) in READMES.items():
-        for kind in kinds:
-            changed = update_between_markers(readme, kind, text_of(kind, folder))
-            print(
-                f"{readme.relative_to(HERE.parent)}: {kind} {'updated' if changed else 'as it was'}"
-            )
-    return 0
+    path = newest(RESULTS, kind)
+    return f"{TABLES[kind](path)}\n\n{link(path, folder)}"
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run(lambda argv: update_readmes(argv, READMES, text_of, HERE.parent)))

@@ -145,10 +145,7 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.fixture(scope="module")
 def real(data_folder):
-    file = data_folder / "wavelength" / "data.csv"
-    if not file.is_file():
-        pytest.skip(f"no {file}")
-    return human_rsa(load_items(file), resamples=2000)
+    return human_rsa(load_items(data_folder / "wavelength" / "data.csv"), resamples=2000)
 
 
 @pytest.mark.realdata

@@ -2,14 +2,19 @@
 
 import importlib.util
 import inspect
-import subprocess
-import sys
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 
 import pytest
 
 import wavelength_rsa
+from tenfold_common.testing import (
+    assert_documented,
+    defaults,
+    import_time,
+    imported_by,
+    positional,
+)
 
 NAMES = {
     "RSA",
@@ -52,26 +57,6 @@ MODULES = (
 )  # fmt: skip
 
 
-def in_fresh_python(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
-    return done.stdout.strip()
-
-
-def defaults(function) -> dict:
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
-
-
-def positional(function) -> list[str]:
-    parameters = inspect.signature(function).parameters
-    return [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-
-
 def test_all_is_the_promised_list():
     assert set(wavelength_rsa.__all__) == NAMES
     assert len(wavelength_rsa.__all__) == len(NAMES)
@@ -85,14 +70,7 @@ def test_every_public_name_resolves(name):
 
 @pytest.mark.parametrize("name", sorted(NAMES - {"__version__"}))
 def test_every_public_name_has_a_docstring(name):
-    value = getattr(wavelength_rsa, name)
-    assert inspect.getdoc(value)
-    if inspect.isclass(value):  # its own one, not that of a base class or a dataclass
-        assert not value.__doc__.startswith(f"{name}(")
-        members = {k: v for k, v in vars(value).items() if not k.startswith("_")}
-        for key, member in members.items():
-            if inspect.isfunction(member) or isinstance(member, (classmethod, property)):
-                assert inspect.getdoc(getattr(value, key)), key
+    assert_documented(getattr(wavelength_rsa, name))
 
 
 def test_unknown_name_is_an_attribute_error_that_names_it():
@@ -101,11 +79,7 @@ def test_unknown_name_is_an_attribute_error_that_names_it():
 
 
 def test_version_is_the_distribution_s():
-    try:
-        installed = version("wavelength-rsa")
-    except PackageNotFoundError:
-        pytest.skip("it is run from its source folder, no distribution is installed")
-    assert wavelength_rsa.__version__ == installed
+    assert wavelength_rsa.__version__ == version("wavelength-rsa")
 
 
 def test_no_public_name_is_also_a_module():
@@ -198,7 +172,7 @@ def test_data_and_evaluation_signatures():
         assert defaults(function) == {"seed": 0, "resamples": 10_000}
     assert positional(wavelength_rsa.compare) == ["first", "second"]
     assert positional(wavelength_rsa.CachedModel) == ["model", "path"]
-    assert defaults(wavelength_rsa.CachedModel) == {"block": 16, "identity": None}
+    assert defaults(wavelength_rsa.CachedModel) == {"identity": None}
     assert defaults(wavelength_rsa.human_baseline) == {"step": 5, "seed": 0, "resamples": 10_000}
     assert defaults(wavelength_rsa.grid) == {"step": 5}
 
@@ -212,37 +186,30 @@ def test_no_function_swallows_unknown_names():
 
 
 def test_importing_the_package_pulls_in_nothing_heavy():
-    code = f"import sys, wavelength_rsa; print([m for m in {HEAVY} if m in sys.modules])"
-    assert in_fresh_python(code) == "[]"
+    assert imported_by("import wavelength_rsa", HEAVY) == []
 
 
 def test_importing_the_package_takes_under_50_ms():
-    code = (  # processor time: a busy machine must not fail this
-        "import time; start = time.process_time(); import wavelength_rsa; "
-        "print(time.process_time() - start)"
-    )
-    assert min(float(in_fresh_python(code)) for _ in range(3)) < 0.05
+    assert import_time("wavelength_rsa") < 0.05
 
 
 def test_no_module_imports_torch_or_transformers():
     """Not even all of them: what needs torch asks for it when it is called."""
     code = (
-        "import sys; from importlib import import_module; "
-        f"[import_module('wavelength_rsa.' + m) for m in {MODULES}]; "
-        "print([m for m in ('torch', 'transformers', 'matplotlib', 'vllm') if m in sys.modules])"
+        "from importlib import import_module; "
+        f"[import_module('wavelength_rsa.' + m) for m in {MODULES}]"
     )
-    assert in_fresh_python(code) == "[]"
+    assert imported_by(code, ("torch", "transformers", "matplotlib", "vllm")) == []
 
 
 def test_scales_rules_data_and_tables_need_no_torch():
     code = (
-        "import sys; from wavelength_rsa import *; s = Scale('Cold', 'Hot'); check_clue('tea', s); "
+        "from wavelength_rsa import *; s = Scale('Cold', 'Hot'); check_clue('tea', s); "
         "t = TableListener({}, default='uniform'); t.distribution(s, 'tea').mean; "
         "evaluate_listener(t, [Item(s, 'tea', 50)], resamples=5).to_json(); "
-        "Distribution.from_samples([5.0]).crps(5); WavelengthPrompts().listener(s, 'tea'); "
-        "print([m for m in ('torch', 'transformers') if m in sys.modules])"
+        "Distribution.from_samples([5.0]).crps(5); WavelengthPrompts().listener(s, 'tea')"
     )
-    assert in_fresh_python(code) == "[]"
+    assert imported_by(code, ("torch", "transformers")) == []
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,18 +1,13 @@
 """vLLM for real: an engine in this process, then a server on loopback, with one tiny model."""
 
-import http.client
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 
 from tenfold_common.lm import ServerModel, TransformersModel, VLLMModel
+from tenfold_common.testing import letter_tokenizer, vllm_server
 from tenfold_common.tiny import tiny_llama
 from wavelength_rsa.cli import main
 from wavelength_rsa.listeners import LogprobListener, SamplingListener
@@ -27,29 +22,6 @@ pytestmark = [
 HOT, LOUD = Scale("Cold", "Hot"), Scale("Quiet", "Loud")
 QUESTIONS = [(HOT, "fire"), (HOT, "ice"), (LOUD, "library"), (LOUD, "a jet taking off")]
 LENGTH = 4096  # the prompts have up to 2100 letters
-SERVED = (
-    "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
-    "{% if add_generation_prompt %}<bos>assistant: {% endif %}"
-)
-
-
-def letter_tokenizer():
-    """One token per ASCII letter, so that the text of every token is a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = ["<pad>", "<bos>", "<eos>", *map(chr, range(33, 127)), "\u0120", "\u010a"]
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()  # which writes a space as U+0120, a new line as U+010A
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        clean_up_tokenization_spaces=False,
-        chat_template=SERVED,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -81,70 +53,23 @@ def engine(folder):
     model.close()
 
 
-@pytest.fixture(scope="module")
-def serve(tmp_path_factory):
-    """A function that starts a server with a model and returns its address; all end with us."""
+def serve(folder):
+    """Serve a model until the tests of this file are over."""
     pytest.importorskip("vllm")
-    running = []
-
-    def start(folder):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
-            *("--dtype", "float32", "--enforce-eager", "--max-model-len", str(LENGTH)),
-            *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"),
-        ]
-        log = tmp_path_factory.mktemp("server") / "log"
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
-                start_new_session=True,
-            )
-        running.append(process)
-        _wait_until_healthy(port, process, log)
-        return f"http://127.0.0.1:{port}"
-
-    yield start
-    for process in running:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
-
-
-def _wait_until_healthy(port, process, log):
-    end = time.monotonic() + 300
-    while time.monotonic() < end:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        assert process.poll() is None, log.read_text("utf-8", "replace")[-3000:]
-        try:
-            connection.request("GET", "/health")
-            with connection.getresponse() as answer:
-                if answer.status == 200:
-                    return
-        except (ConnectionError, TimeoutError):
-            time.sleep(0.5)
-        finally:
-            connection.close()
-    raise AssertionError(f"no server after 300 s: {log.read_text('utf-8', 'replace')[-3000:]}")
+    log = folder.parent / f"{folder.name}.log"
+    with vllm_server(folder, log=log, arguments=("--max-model-len", str(LENGTH))) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
-def random_server(serve, folder):
-    return serve(folder)
+def random_server(folder):
+    yield from serve(folder)
 
 
 @pytest.fixture(scope="module")
-def player_server(serve, player):
+def player_server(player):
     """A server whose model plays both roles, see conftest."""
-    return serve(player)
+    yield from serve(player)
 
 
 NORMALIZE = pytest.mark.parametrize("normalize", ["none", "pmi"])

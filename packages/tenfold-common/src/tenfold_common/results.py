@@ -179,15 +179,10 @@ class Result(_Record):
         """Return the result as GitHub-flavoured markdown, without a heading of its own."""
         parts = [self.summary] if self.summary else []
         if self.claims:
-            head = ["claim", "claimed", "measured", "expected", "result"]
-            rows = [
-                [c.name, c.claimed, show_measured(c), c.expected, pass_word(c.passed)]
-                for c in self.claims
-            ]
-            parts.append(_markdown_table(head, rows))
+            parts.append(claims_table(self.claims, rule=" --- "))
         for table in self.tables:
-            cells = [[show_cell(cell) for cell in row] for row in table.rows]
-            parts.append(f"**{table.title}**\n\n{_markdown_table(table.columns, cells)}")
+            shown = markdown_table(table.columns, table.rows, rule=" --- ")
+            parts.append(f"**{table.title}**\n\n{shown}")
         parts += [f"![{figure.caption}]({figure.path})" for figure in self.figures]
         parts += [f"**{s.title}**\n\n{_fence(s.text)}" for s in self.samples]
         if self.notes:
@@ -359,6 +354,41 @@ def show_measured(claim: Claim) -> str:
     return f"{show_cell(claim.measured)} {claim.unit}".strip()
 
 
+def markdown_table(
+    columns: typing.Sequence[Cell],
+    rows: typing.Iterable[typing.Sequence[Cell]],
+    *,
+    rule: str = "---",
+) -> str:
+    """Return a table as markdown; bars are escaped and white space in a cell becomes one blank.
+
+    Args:
+        columns: The heads.
+        rows: Cells, shown as `show_cell` does.
+        rule: What stands under each head. Defaults to three dashes without blanks.
+    """
+
+    def line(cells: typing.Sequence[Cell]) -> str:
+        escaped = (" ".join(show_cell(cell).split()).replace("|", "\\|") for cell in cells)
+        return "| " + " | ".join(escaped) + " |"
+
+    return "\n".join([line(columns), f"|{rule}" * len(columns) + "|", *map(line, rows)])
+
+
+def claims_table(claims: list[Claim], *, rule: str = "---", verdict: bool = True) -> str:
+    """Return claims as a markdown table, see `markdown_table`.
+
+    Args:
+        claims: One row each.
+        rule: What stands under each head.
+        verdict: Whether there is a column with PASS or FAIL. Defaults to yes.
+    """
+    columns = ["claim", "claimed", "measured", "expected", "result"]
+    rows = [[c.name, c.claimed, show_measured(c), c.expected, pass_word(c.passed)] for c in claims]
+    shown = len(columns) if verdict else -1
+    return markdown_table(columns[:shown], [row[:shown] for row in rows], rule=rule)
+
+
 def _parse(hint: typing.Any, value: typing.Any, where: str) -> typing.Any:
     """Check a value against a type hint, rebuilding records and converting array scalars."""
     if dataclasses.is_dataclass(hint):
@@ -467,14 +497,6 @@ def _read_json(path: Path) -> typing.Any:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} is not valid JSON: {error}") from error
-
-
-def _markdown_table(columns: list[str], rows: list[list[str]]) -> str:
-    def line(cells: list[str]) -> str:
-        escaped = (" ".join(cell.split()).replace("|", "\\|") for cell in cells)
-        return "| " + " | ".join(escaped) + " |"
-
-    return "\n".join([line(columns), "|" + " --- |" * len(columns), *map(line, rows)])
 
 
 def _fence(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Test rules that all packages share.
+"""Test rules and helpers that all packages share.
 
 Nothing here imports pytest; a conftest.py makes fixtures of the context managers:
 
@@ -10,16 +10,23 @@ Nothing here imports pytest; a conftest.py makes fixtures of the context manager
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tenfold_common.errors import TenfoldError, UserError
 
 if TYPE_CHECKING:
     import socket
+    import subprocess
 
     import torch
+    from transformers import PreTrainedTokenizerFast
+
+_TO_STOP = 30.0  # seconds that a server has to end before it is killed
+_TO_CLEAR_UP = 5.0  # seconds that its children have after that
 
 
 class NetworkBlockedError(TenfoldError, RuntimeError):
@@ -189,3 +196,202 @@ def _is_loopback(host: object) -> bool:
         return ipaddress.ip_address(str(name)).is_loopback
     except ValueError:
         return False
+
+
+def real_data_folder(start: str | Path) -> Path | None:
+    """Return the folder of real data, which are no part of the repository.
+
+    Args:
+        start: A file in the repository, such as the caller's `__file__`.
+
+    Returns:
+        The folder that the variable TENFOLD_DATA names, or else `shared/data` beside the
+        repository, which is the folder that holds `packages`; None if it is not there.
+    """
+    import os
+
+    root = next((p for p in Path(start).resolve().parents if (p / "packages").is_dir()), None)
+    named = os.environ.get("TENFOLD_DATA")
+    folder = Path(named) if named else root and root.parent / "shared" / "data"
+    return folder if folder and folder.is_dir() else None
+
+
+@contextmanager
+def vllm_server(
+    folder: str | Path,
+    *,
+    log: Path,
+    name: str = "tiny",
+    arguments: Sequence[str] = (),
+    seconds: float = 300,
+) -> Iterator[str]:
+    """Run vLLM's OpenAI-compatible server in a process of its own, in float32 and uncompiled.
+
+    Args:
+        folder: The model.
+        log: Where what the server prints is written.
+        name: The name under which it offers the model. Defaults to "tiny".
+        arguments: More options of the server, such as `("--max-model-len", "256")`.
+        seconds: How long it may take to answer. Defaults to 300.
+
+    Yields:
+        Its address on a free port of loopback. The server and its children are stopped at the end.
+
+    Raises:
+        AssertionError: it died or did not answer in time; with the end of the log.
+    """
+    import os
+    import socket
+    import subprocess
+    import sys
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)),
+        *("--dtype", "float32", "--enforce-eager", "--served-model-name", name),
+        *("--host", "127.0.0.1", "--port", str(port), *arguments),
+    ]
+    with log.open("wb") as file:
+        process = subprocess.Popen(  # noqa: S603 - only the command written out above
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+            start_new_session=True,
+        )
+    try:
+        end = time.monotonic() + seconds
+        while not _is_healthy(port):
+            late = time.monotonic() > end
+            if late or process.poll() is not None:
+                what = f"did not answer in {seconds:g} s" if late else "ended"
+                said = log.read_text("utf-8", "replace")[-3000:]
+                raise AssertionError(f"the server {what}: {said}")
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        _stop_group(process)
+
+
+def _is_healthy(port: int) -> bool:
+    """Whether a server on loopback answers that it is ready."""
+    import http.client
+
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        with connection.getresponse() as answer:
+            return answer.status == 200
+    except (ConnectionError, TimeoutError):
+        return False
+    finally:
+        connection.close()
+
+
+def _stop_group(leader: subprocess.Popen) -> None:
+    """Ask a process and its children to end; kill what is still there after a while."""
+    import os
+    import signal
+    import subprocess
+
+    with suppress(ProcessLookupError):  # once none of them is left
+        os.killpg(leader.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            leader.wait(_TO_STOP)
+        end = time.monotonic() + _TO_CLEAR_UP
+        while time.monotonic() < end:
+            os.killpg(leader.pid, 0)
+            time.sleep(0.05)
+        os.killpg(leader.pid, signal.SIGKILL)
+    leader.wait(_TO_STOP)
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """Make a byte-level tokenizer with one token per ASCII letter and a chat template.
+
+    The text of every token is a text: no token is part of a letter, and half a letter at the end
+    of a text is what back-ends cut off differently.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<pad>", "<bos>", "<eos>", *map(chr, range(33, 127)), "\u0120", "\u010a"]
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()  # which writes a space as U+0120, a new line as U+010A
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",  # noqa: S106 - a token of a text
+        bos_token="<bos>",  # noqa: S106
+        eos_token="<eos>",  # noqa: S106
+        clean_up_tokenization_spaces=False,
+        chat_template=(
+            "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
+            "{% if add_generation_prompt %}<bos>assistant: {% endif %}"
+        ),
+    )
+
+
+def in_fresh_python(code: str) -> str:
+    """Run code in a new Python and return what it prints, without white space around it."""
+    import subprocess
+    import sys
+
+    done = subprocess.run(  # noqa: S603 - a test's own code
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    return done.stdout.strip()
+
+
+def imported_by(code: str, modules: Iterable[str]) -> list[str]:
+    """Return which of the modules a new Python has imported after running code."""
+    shown = f"print(*[m for m in {list(modules)} if m in sys.modules])"
+    return in_fresh_python(f"{code}\nimport sys\n{shown}").split()
+
+
+def import_time(module: str) -> float:
+    """Return the seconds that importing a module takes in a new Python, the least of three runs.
+
+    Processor time: a busy machine must not fail a test.
+    """
+    clock = "time.process_time()"
+    code = f"import time; start = {clock}; import {module}; print({clock} - start)"
+    return min(float(in_fresh_python(code)) for _ in range(3))
+
+
+def defaults(function: Callable) -> dict[str, object]:
+    """Return the defaults of a function's parameters, of those that have one, by name."""
+    import inspect
+
+    parameters = inspect.signature(function).parameters.items()
+    return {name: p.default for name, p in parameters if p.default is not p.empty}
+
+
+def positional(function: Callable) -> list[str]:
+    """Return the names of the parameters that can be given by position."""
+    import inspect
+
+    parameters = inspect.signature(function).parameters.items()
+    return [name for name, p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def assert_documented(value: object) -> None:
+    """Require a docstring of a function or class, and of a class's own public methods.
+
+    Raises:
+        AssertionError: there is none, or only the signature that `dataclass` writes.
+    """
+    import inspect
+
+    if not inspect.getdoc(value):
+        raise AssertionError(f"{value!r} has no docstring")
+    if not inspect.isclass(value):
+        return
+    if not value.__doc__ or value.__doc__.startswith(f"{value.__name__}("):
+        raise AssertionError(f"{value!r} has no docstring of its own")
+    for name, member in vars(value).items():
+        counts = inspect.isfunction(member) or isinstance(member, classmethod | property)
+        if counts and not name.startswith("_") and not inspect.getdoc(getattr(value, name)):
+            raise AssertionError(f"{value.__name__}.{name} has no docstring")
