@@ -209,6 +209,7 @@ SPEAK = ["speak", "--model=m", *ENDS, "--target=5"]
 EVAL = ["eval", "--task=listener", "--model=m", "--data=d.jsonl", "--out=r.json"]
 SPEAKER = ["eval", "--task=speaker", "--model=m", "--data=d.jsonl", "--out=r.json"]
 FIT = ["fit-alpha", "--data=d.jsonl"]
+PLAY = ["play", "--model=m"]
 COUNT = "must be a whole number of at least 1"
 
 
@@ -232,8 +233,10 @@ COUNT = "must be a whole number of at least 1"
         ([*LISTEN, "--json=no/l.json"], "there is no folder no"),
         ([*LISTEN, "--json=there"], "it is a directory"),
         ([*LISTEN, "--cache=c.db", "--json=c.db"], "would replace the file of --cache"),
-        ([*LISTEN, "--cache=no/c.db"], "there is no folder no"),
-        ([*LISTEN, "--cache=there"], "it is a directory"),
+        ([*LISTEN, "--cache=no/c.db"], "the cache 'no/c.db' is in no folder that exists"),
+        ([*LISTEN, "--cache=there"], "the cache 'there' is a folder; name a file"),
+        ([*LISTEN, "--cache=d.jsonl"], "the cache d.jsonl cannot be used (file is not a database)"),
+        ([*EVAL, "--cache=d.jsonl/c.db"], "is in no folder that exists"),
         ([*LISTEN, "--model_name=n"], "is for a server; 'm' is the model itself"),
         (["speak", "--model=m", *ENDS], "required: --target"),
         (["speak", "--model=m", *ENDS, "--target=47"], "target 47 is not a multiple of step 5"),
@@ -257,12 +260,13 @@ COUNT = "must be a whole number of at least 1"
         ([*EVAL, "--out=there/../d.jsonl", "--overwrite"], "would replace the file of --data"),
         ([*EVAL, "--cache=r.json"], "would replace the file of --cache"),
         ([*EVAL, "--limit=0"], COUNT),
-        ([*EVAL, "--resamples=0"], COUNT),
+        ([*EVAL, "--resamples=0"], "must be a whole number of at least 2, not '0'"),
+        ([*EVAL, "--resamples=1"], "must be a whole number of at least 2, not '1'"),
         ([*EVAL, "--judge=j"], "are for --task speaker or both"),
         ([*EVAL, "--rsa"], "are for --task speaker or both"),
         ([*EVAL, "--step=20"], "item '0' ('tea'): target 50 is not a multiple of step 20"),
         ([*EVAL, "--data=none.csv"], "none.csv: there is no such file"),
-        ([*EVAL, "--data=there"], "must end in .csv, .jsonl, .json"),
+        ([*EVAL, "--data=there"], "there: is a folder; name a file in it"),
         (SPEAKER, "a speaker needs one judge"),
         ([*SPEAKER, "--judge=j", "--self_play"], "a speaker needs one judge"),
         (["report", "none.json"], "cannot read none.json: No such file"),
@@ -284,6 +288,70 @@ COUNT = "must be a whole number of at least 1"
 )
 def test_refused_before_a_model_is_loaded(folder, capsys, no_model, arguments, message):
     assert message in refused(capsys, folder, *arguments)
+
+
+USELESS = [
+    # no reasoning about a listener or a speaker
+    ([*SPEAK, "--alpha=2"], "--alpha is for --rsa"),
+    ([*EVAL, "--alpha=2"], "--alpha is for --rsa or --rsa_listener"),
+    ([*SPEAK, "--utility=neg_w1"], "--utility is for --rsa"),
+    ([*EVAL, "--rsa_listener", "--utility=neg_w1"], "--utility is for --rsa"),
+    ([*SPEAK, "--select=argmax"], "--select is for --rsa"),
+    ([*PLAY, "--role=speak", "--rsa", "--select=argmax"], "--select is for --rsa"),
+    # nobody speaks
+    ([*EVAL, "--num_candidates=4"], "--num_candidates is for a model that speaks"),
+    ([*EVAL, "--cot"], "--cot is for a model that speaks"),
+    ([*PLAY, "--role=speak", "--cot"], "--cot is for a model that speaks"),
+    ([*EVAL, "--on_violation=drop"], "--on_violation is for a model that speaks"),
+    # how a model listens
+    ([*LISTEN, "--num_samples=4"], "--num_samples is for --mode sample or cot"),
+    ([*LISTEN, "--max_tokens=9"], "--max_tokens is for --mode sample or cot, or a model that"),
+    ([*EVAL, "--max_tokens=9"], "--max_tokens is for --mode sample or cot, or a model that"),
+    ([*FIT, "--model=m", "--max_tokens=9"], "--max_tokens is for --mode sample or cot, or a"),
+    ([*LISTEN, "--mode=sample", "--normalize=pmi"], "--normalize is for --mode logprob"),
+    ([*LISTEN, "--mode=cot", "--end=x"], "--end is for --mode logprob"),
+    # nobody judges
+    ([*SPEAK, "--judge_backend=server"], "--judge_backend is for --judge"),
+    ([*SPEAKER, "--self_play", "--judge_backend=server"], "--judge_backend is for --judge"),
+    ([*SPEAKER, "--self_play", "--judge_model_name=n"], "--judge_model_name is for --judge"),
+]
+USED = [
+    [*SPEAK, "--rsa", "--alpha=2", "--utility=neg_w1", "--select=argmax"],
+    [*SPEAKER, "--self_play", "--rsa", "--alpha=2", "--utility=neg_w1", "--select=argmax"],
+    [*PLAY, "--role=listen", "--rsa", "--alpha=2", "--select=argmax", "--cot"],
+    [*EVAL, "--rsa_listener", "--alpha=2"],
+    [*EVAL, "--rsa_listener", "--num_candidates=4", "--cot", "--on_violation=drop"],
+    [*SPEAK, "--num_candidates=4", "--cot", "--on_violation=drop", "--max_tokens=9"],
+    [*EVAL, "--rsa_listener", "--max_tokens=9"],
+    [*LISTEN, "--mode=sample", "--num_samples=4", "--max_tokens=9"],
+    [*LISTEN, "--mode=cot", "--num_samples=4", "--max_tokens=9"],
+    [*FIT, "--model=m", "--mode=sample", "--max_tokens=9"],
+    [*LISTEN, "--normalize=pmi", "--end=x"],
+    [*SPEAKER, "--judge=j", "--judge_backend=transformers"],
+    [*SPEAKER, "--judge=http://j", "--judge_model_name=n"],
+    # what is the default may be said
+    [*EVAL, "--alpha=1", "--num_samples=32", "--num_candidates=32", "--normalize=none"],
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), USELESS, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
+def test_options_that_would_change_nothing(folder, capsys, no_model, arguments, message):
+    line = refused(capsys, folder, *arguments)
+    assert line.startswith(message)
+    assert line.endswith(" and would change nothing here; leave it out")
+
+
+@pytest.mark.parametrize("arguments", USED, ids=" ".join)
+def test_options_that_are_used_get_as_far_as_the_model(folder, capsys, monkeypatch, arguments):
+    import tenfold_common.lm
+
+    def load(*arguments, **named):
+        raise UserError("now a model is loaded")
+
+    monkeypatch.setattr(tenfold_common.lm, "load_text_model", load)
+    assert refused(capsys, folder, *arguments) == "now a model is loaded"
 
 
 @pytest.mark.parametrize(
@@ -352,8 +420,6 @@ def odd_models(tmp_path_factory):
         ("noise", ["--mode=cot", "--num_samples=2", "--max_tokens=2"],
          r"none of 22 replies about the clue 'fire' .* \(22 were cut off"),
         ("noise", ["--end=turn"], "end='turn' needs the chat template of noise"),
-        ("noise", ["--mode=sample", "--normalize=pmi"], "are for --mode logprob"),
-        ("noise", ["--mode=sample", "--end=x"], "are for --mode logprob"),
         ("noise", ["--device=tpu"], "unknown device 'tpu'"),
         ("noise", ["--dtype=int8"], "unknown dtype 'int8'"),
         ("noise", ["--backend=server"], "needs the http:// or https:// address"),
@@ -410,8 +476,9 @@ def test_a_damaged_cache(folder, capsys, server):
 
 
 def test_reports_that_do_not_compare(folder, capsys, server):
-    command = ["eval", f"--model={server.url}", "--resamples=20", "--num_candidates=2"]
-    assert main([*command, "--task=both", "--self_play", "--data=d.jsonl", "--out=a.json"]) == 0
+    command = ["eval", f"--model={server.url}", "--resamples=20"]
+    both = ["--task=both", "--self_play", "--num_candidates=2"]
+    assert main([*command, *both, "--data=d.jsonl", "--out=a.json"]) == 0
     other = json.loads(GOOD) | {"clue": "ice"}
     (folder / "o.jsonl").write_text(json.dumps(other))
     assert main([*command, "--task=listener", "--data=o.jsonl", "--out=o.json"]) == 0

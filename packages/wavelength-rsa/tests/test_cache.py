@@ -1,16 +1,22 @@
 """What a model said once is not asked again, and never mistaken for something else."""
 
+import json
+import shutil
 import sqlite3
-import subprocess
-import sys
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from tenfold_common.errors import UserError
-from tenfold_common.lm import ScriptedModel, TextModel, TransformersModel
+from tenfold_common.lm import (
+    ScriptedModel,
+    ServerModel,
+    TextModel,
+    TransformersModel,
+)
 from tenfold_common.tiny import byte_tokenizer, tiny_llama
-from wavelength_rsa.cache import CachedModel, fingerprint
+from wavelength_rsa.cache import CachedModel, fingerprint, open_cache
 
 
 def scripted(name="one"):
@@ -39,9 +45,10 @@ def test_samples_are_kept_by_all_that_decides_them(tmp_path):
     inner = scripted()
     with CachedModel(inner, tmp_path / "c.db") as model:
         first = model.sample(prompts, n=2, seed=3)
-        assert len(inner.calls) == 2  # two blocks
+        assert first == scripted().sample(prompts, n=2, seed=3)
+        assert len(inner.calls) == 1
         assert model.sample(prompts, n=2, seed=3) == first
-        assert len(inner.calls) == 2
+        assert len(inner.calls) == 1
         assert (model.hits, model.misses) == (3, 3)
         for change in (
             {"seed": 4}, {"n": 3}, {"temperature": 0.5}, {"top_p": 0.9}, {"max_tokens": 5},
@@ -49,12 +56,11 @@ def test_samples_are_kept_by_all_that_decides_them(tmp_path):
         ):  # fmt: skip
             before = len(inner.calls)
             model.sample(prompts, **{"n": 2, "seed": 3, **change})
-            assert len(inner.calls) == before + 2, change
-        before = len(inner.calls)
-        model.sample(["a", "B"], n=2, seed=3)
-        assert len(inner.calls) == before + 1
-    blocks = [t.split("/")[1] for each in first for t in (g.text for g in each)]
-    assert blocks[0] == blocks[2] != blocks[4]  # each block has a seed of its own
+            assert len(inner.calls) == before + 1, change
+        for others in (prompts[:2], prompts[::-1], ["a", "B", prompts[2]], [*prompts, "a"]):
+            before = len(inner.calls)  # what is sampled depends on the place in the call
+            assert model.sample(others, n=2, seed=3) == scripted().sample(others, n=2, seed=3)
+            assert len(inner.calls) == before + 1, others
 
 
 def test_a_second_process_asks_nothing(tmp_path):
@@ -89,51 +95,169 @@ def test_scores_come_back_to_the_last_bit(tmp_path):
         assert cached.hits == 1
 
 
-def test_weights_tell_models_apart():
-    one, same, other = tiny(), tiny(), tiny(1)
-    assert fingerprint(one) == fingerprint(same) != fingerprint(other)
-    with torch.no_grad():
-        one.model.get_output_embeddings().weight.mul_(1.5)
-    assert fingerprint(one) != fingerprint(same)
-    thinking = TransformersModel(
-        same.model, same.tokenizer, template_options={"enable_thinking": True}
+# --------------------------------------------------------------------------------------------------
+# What is the same model
+
+
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+MERGES = (("h", "o"), ("o", "t"))
+
+
+def built(folder, *, words=("hot", "cold"), template=CHAT, merges=(), **named):
+    """Write a model with a big matrix, and a tokenizer that merges pairs of bytes."""
+    tokenizer = byte_tokenizer()
+    if merges:
+        inner = json.loads(tokenizer.backend_tokenizer.to_str())
+        vocabulary = inner["model"]["vocab"]
+        vocabulary |= {a + b: len(vocabulary) + i for i, (a, b) in enumerate(sorted(merges))}
+        inner["model"]["merges"] = [list(pair) for pair in merges]
+        made = Tokenizer.from_str(json.dumps(inner))
+        tokenizer = type(tokenizer)(
+            tokenizer_object=made, eos_token="<eos>", bos_token="<bos>", pad_token="<pad>"
+        )
+    tokenizer.add_tokens(list(words))
+    tokenizer.chat_template = template
+    network = tiny_llama(20_000, hidden=64, heads=2, kv_heads=2, layers=1, **named)
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    return built(tmp_path_factory.mktemp("one") / "model", merges=MERGES)
+
+
+def test_the_same_model_loaded_twice_is_the_same(known, tmp_path):
+    one = TransformersModel(known)
+    print_ = fingerprint(one)
+    assert print_.startswith("model:")
+    assert fingerprint(TransformersModel(known)) == print_
+    moved = shutil.copytree(known, tmp_path / "model")
+    assert fingerprint(TransformersModel(moved)) == print_
+    assert fingerprint(TransformersModel(built(tmp_path / "new" / "model", merges=MERGES))) == (
+        print_
     )
-    assert fingerprint(thinking) != fingerprint(same)
+    one.sample(["a prompt"], n=2, max_tokens=3, seed=1)  # use leaves no trace
+    one.score_many(["a", "much longer"], [["x"], ["y", "zz"]])
+    assert fingerprint(one) == print_
+    with CachedModel(one, tmp_path / "c.db") as cached:
+        assert fingerprint(cached) == cached.identity == print_
+        assert fingerprint(CachedModel(cached, tmp_path / "d.db")) == print_
 
 
-def test_a_failed_call_leaves_the_blocks_before_it(tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"template": CHAT + "Now: "},
+        {"template": None},
+        {"words": ("hot", "cold", "tepid")},
+        {"words": ("cold", "hot")},
+        {"words": ()},
+        {"merges": MERGES[::-1]},
+        {"merges": MERGES[:1]},
+        {"merges": ()},
+        {"eos_token_id": 5},
+        {"rms_norm_eps": 1e-5},
+        {"seed": 1},
+    ],
+    ids=str,
+)
+def test_every_part_of_a_model_tells_it_from_others(known, tmp_path, change):
+    other = built(tmp_path / "model", **{"merges": MERGES, **change})
+    assert fingerprint(TransformersModel(other)) != fingerprint(TransformersModel(known))
+
+
+def test_settings_that_tell_models_apart(known):
+    def of(**named):
+        return fingerprint(TransformersModel(known, **named))
+
+    assert of(template_options={"enable_thinking": False}) != of()
+    both = [of(template_options={"enable_thinking": value}) for value in (True, False)]
+    assert both[0] != both[1]
+    assert of(dtype="bfloat16") != of()
+    assert of(context=100) != of()
+    model = TransformersModel(known)
+    model.model.generation_config.eos_token_id = 7  # what ends a reply
+    assert fingerprint(model) != of()
+
+
+@pytest.mark.parametrize("place", [0, 12_345, 640_000, -1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_weight_of_a_million_tells_models_apart(known, place, dtype):
+    model = TransformersModel(known, dtype=dtype)
+    before = fingerprint(model)
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight"):
+        weight = model.model.get_parameter(name).detach().view(-1)
+        where = place % weight.numel()
+        old = weight[where].clone()
+        weight[where] = torch.nextafter(old, torch.tensor(9.0, dtype=old.dtype))  # the last bit
+        assert weight[where] != old
+        assert fingerprint(model) != before
+        weight[where] = old
+        assert fingerprint(model) == before
+
+
+def test_a_weight_that_moves_to_another_place_is_seen(known):
+    model = TransformersModel(known)
+    before = fingerprint(model)
+    rows = model.model.get_parameter("model.embed_tokens.weight").detach()
+    rows[[3, 4]] = rows[[4, 3]]
+    assert fingerprint(model) != before
+    rows[[3, 4]] = rows[[4, 3]]
+    block = model.model.model.layers[0].mlp
+    assert block.gate_proj.weight.shape == block.up_proj.weight.shape
+    block.gate_proj, block.up_proj = block.up_proj, block.gate_proj
+    assert fingerprint(model) != before
+
+
+def test_servers_are_told_apart_by_address_and_what_is_sent(start_server):
+    first, second = start_server(), start_server()
+    one = fingerprint(ServerModel(first.url))
+    assert fingerprint(ServerModel(first.url)) == one
+    assert fingerprint(ServerModel(first.url, concurrency=3, retries=1)) == one
+    assert fingerprint(ServerModel(second.url)) != one
+    assert fingerprint(ServerModel(first.url, extra={"top_k": 5})) != one
+    assert fingerprint(ServerModel(first.url, model="other")) != one
+
+
+# --------------------------------------------------------------------------------------------------
+# Failures
+
+
+def test_a_failed_call_leaves_nothing_and_those_before_it_all(tmp_path):
     def reply(prompt, seed, sample):
         if prompt == "bad":
             raise RuntimeError("gone")
         return prompt
 
     model = CachedModel(ScriptedModel(reply), tmp_path / "c.db")
-    with model, pytest.raises(RuntimeError, match="gone"):
-        model.sample(["a", "b", "bad", "c"])
+    with model:
+        model.sample(["a", "b"])
+        with pytest.raises(RuntimeError, match="gone"):
+            model.sample(["c", "bad"])
     with CachedModel(ScriptedModel(lambda p, *_: p), tmp_path / "c.db") as model:
-        texts = [g.text for (g,) in model.sample(["a", "b", "bad", "c"])]
-        assert texts == ["a", "b", "bad", "c"]
+        assert [g.text for (g,) in model.sample(["a", "b"])] == ["a", "b"]
+        assert (model.hits, model.misses) == (2, 0)
+        assert [g.text for (g,) in model.sample(["c", "bad"])] == ["c", "bad"]
         assert (model.hits, model.misses) == (2, 2)
 
 
-KILLED = """
-import os, signal, sys
-from tenfold_common.lm import ScriptedModel
-from wavelength_rsa.cache import CachedModel
-def reply(prompt, seed, sample):
-    if prompt == "7":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return prompt
-CachedModel(ScriptedModel(reply), sys.argv[1]).sample([str(i) for i in range(10)])
-"""
+def test_a_broken_file_is_told_before_a_model_is_asked_for_its_weights(tmp_path):
+    class Heavy:
+        name = "heavy"
 
+        @property
+        def tokenizer(self):
+            raise AssertionError("the fingerprint was taken")
 
-def test_killed_in_the_middle(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "c.db")], check=False)
-    assert done.returncode == -9
-    with CachedModel(ScriptedModel(lambda p, *_: p), tmp_path / "c.db") as model:
-        model.sample([str(i) for i in range(10)])
-        assert (model.hits, model.misses) == (6, 4)
+    (tmp_path / "junk").write_bytes(b"no database" * 100)
+    with pytest.raises(UserError, match="cannot be used"):
+        CachedModel(Heavy(), tmp_path / "junk")
+    with pytest.raises(UserError, match="cannot be used"):
+        open_cache(tmp_path / "junk")
+    open_cache(tmp_path / "new").close()
+    assert (tmp_path / "new").is_file()
 
 
 def test_bad_files(tmp_path):
@@ -144,8 +268,7 @@ def test_bad_files(tmp_path):
         CachedModel(scripted(), tmp_path)
     with pytest.raises(UserError, match="no folder that exists"):
         CachedModel(scripted(), tmp_path / "no" / "c.db")
-    with pytest.raises(UserError, match="block must be at least 1"):
-        CachedModel(scripted(), tmp_path / "c.db", block=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["junk"]
     with CachedModel(scripted(), tmp_path / "c.db") as model:
         model.sample(["a"])
     with sqlite3.connect(tmp_path / "c.db") as file:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import resource
 import subprocess
@@ -22,6 +23,8 @@ from wavelength_rsa import (
     evaluate_speaker,
     load_items,
 )
+from wavelength_rsa._version import __version__
+from wavelength_rsa.cache import fingerprint
 from wavelength_rsa.cli import main
 from wavelength_rsa.data import human_baseline
 from wavelength_rsa.fitting import fit_games
@@ -133,6 +136,23 @@ def cpu_seconds(code):
     return done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def as_loaded(folder):
+    """Return a model as the command loads it: told not to think."""
+    return TransformersModel(folder, template_options={"enable_thinking": False})
+
+
+def halved(folder, out):
+    """Write the model again with weights that make it less sure."""
+    import torch
+
+    model = TransformersModel(folder)
+    with torch.no_grad():
+        model.model.get_output_embeddings().weight.mul_(0.5)
+    model.model.save_pretrained(out)
+    model.tokenizer.save_pretrained(out)
+    return out
+
+
 class TestHelp:
     @pytest.mark.parametrize("verb", [None, *VERBS])
     def test_help_costs_little_and_imports_nothing_heavy(self, verb):
@@ -211,7 +231,7 @@ class TestListen:
             f"fire: mean {RIGGED @ POSITIONS:.1f}, sd 27.3, mode 100\n"
             f"ice: mean {RIGGED @ POSITIONS:.1f}, sd 27.3, mode 100\nwritten: {out}\n"
         )
-        assert captured.err == ""
+        assert captured.err == ""  # two prompts are no progress to speak of
         found = read(out)
         assert found["scale"] == ["Cold", "Hot"]
         assert (found["class"], found["model"]) == ("LogprobListener", "player")
@@ -283,12 +303,27 @@ class TestSpeak:
         run("speak", f"--model={player}", *HOT, "--target=5", "--max_tokens=7", f"--json={out}")
         assert read(out)["max_tokens"] == 7  # of a direct speaker too
 
+    def test_an_earlier_file_is_replaced_by_a_whole_one(self, player, tmp_path, capsys):
+        """As `eval` does not; a command that fails leaves it as it was."""
+        out = tmp_path / "s.json"
+        out.write_text("dear" * 10_000)
+        command = ["speak", f"--model={player}", *HOT, "--num_candidates=2", f"--json={out}"]
+        assert "target 47" in refused(capsys, *command, "--target=47")
+        assert out.read_text() == "dear" * 10_000
+        run(*command, "--target=45")
+        first = out.read_bytes()
+        assert read(out)["target"] == 45
+        run(*command, "--target=45")
+        assert out.read_bytes() == first
+        assert [path.name for path in tmp_path.iterdir()] == ["s.json"]
+
 
 class TestEval:
     def test_listener(self, reports, data, player, capsys):
         wanted = evaluate_listener(
-            LogprobListener(TransformersModel(player)), load_items(data), resamples=50
+            LogprobListener(as_loaded(player)), load_items(data), resamples=50
         )
+        assert wanted.settings["models"] == {"listener": [fingerprint(as_loaded(player))]}
         wanted.settings["data"] = "daten ü.jsonl"
         assert reports[0].read_text("utf-8") == wanted.to_json()
         errors = [abs(RIGGED @ POSITIONS - row[3]) for row in ROWS]
@@ -302,34 +337,49 @@ class TestEval:
         captured = capsys.readouterr()
         files = sorted(path.name for path in tmp_path.iterdir())
         assert files == ["run.x-listener.json", "run.x-speaker.json"]
-        assert captured.err == ""
+        assert re.fullmatch(  # the judge is asked about more than a block
+            r"(\d\d:\d\d:\d\d INFO (16|20) of 20 prompts\n){2}", captured.err
+        )
         assert f"report: {tmp_path / 'run.x-listener.json'}" in captured.out
-        model, items = TransformersModel(player), load_items(data)
+        model, items = as_loaded(player), load_items(data)
         speaker = RSASpeaker(SamplingSpeaker(model, num_candidates=8), LogprobListener(model))
-        judge = LogprobListener(TransformersModel(base_player))
+        judge = LogprobListener(as_loaded(base_player))
         wanted = evaluate_speaker(speaker, items, judge=judge, seed=3, resamples=50)
         wanted.settings["data"] = "daten ü.jsonl"
         assert (tmp_path / "run.x-speaker.json").read_text("utf-8") == wanted.to_json()
         assert wanted.settings["judge"]["model"] == "base"
-        assert wanted.notes == []
+        assert wanted.notes == ["The speaker imagines a listener of its own model."]
+        assert wanted.settings["models"] == {
+            "speaker": [fingerprint(model)],
+            "imagined listener": [fingerprint(model)],
+            "judge": [fingerprint(as_loaded(base_player))],
+        }
         assert Report.load(tmp_path / "run.x-listener.json").settings["seed"] == 3
 
     def test_self_play_is_noted(self, player, data, tmp_path, capsys):
         command = ["eval", "--task=speaker", f"--model={player}", f"--data={data}", "--limit=2"]
         command += ["--resamples=20", "--num_candidates=4"]
-        for number, (more, note) in enumerate(
+        namesake = halved(player, tmp_path / "player")
+        judged = "Self-play: the speaker and the judge are the same model."
+        imagined = "Self-play: the judge is the listener that the speaker imagines"
+        own = "The speaker imagines a listener of its own model."
+        for number, (more, notes) in enumerate(
             [
-                (["--self_play"], "Self-play: the speaker and the judge are the same model."),
-                ([f"--judge={player}"], "Self-play: the speaker and the judge are the same model."),
-                (["--self_play", "--rsa"], "the listener that the speaker imagines"),
+                (["--self_play"], [judged]),
+                ([f"--judge={player}"], [judged]),
+                (["--self_play", "--rsa"], [imagined, judged, own]),
+                ([f"--judge={player}", "--rsa"], [imagined, judged, own]),
+                ([f"--judge={namesake}"], []),
+                ([f"--judge={namesake}", "--rsa"], [own]),
             ]
         ):
             out = tmp_path / f"{number}.json"
             run(*command, *more, f"--out={out}")
             shown = re.findall("^note: (.*)$", capsys.readouterr().out, re.M)
             assert shown == read(out)["notes"]
-            assert len(shown) == 1
-            assert note in shown[0]
+            assert len(shown) == len(notes)
+            assert all(text.startswith(note) for text, note in zip(shown, notes, strict=True))
+            assert read(out)["settings"]["judge"]["model"] == "player"
 
     @pytest.mark.parametrize("more", [[], ["--mode=sample", "--num_samples=3"]])
     def test_same_seed_and_cache_give_the_same_bytes_and_ask_nothing(
@@ -358,15 +408,8 @@ class TestEval:
 
     def test_other_weights_are_asked_anew(self, player, data, tmp_path):
         """A checkpoint trained further, in a folder of the same name."""
-        import torch
-
-        model = TransformersModel(player)
-        with torch.no_grad():
-            model.model.get_output_embeddings().weight.mul_(0.5)
-        model.model.save_pretrained(tmp_path / "player")
-        model.tokenizer.save_pretrained(tmp_path / "player")
         probs = []
-        for folder in (player, tmp_path / "player", player):
+        for folder in (player, halved(player, tmp_path / "player"), player):
             out = tmp_path / f"{len(probs)}.json"
             run("eval", "--task=listener", f"--model={folder}", f"--data={data}", f"--out={out}",
                 "--resamples=20", f"--cache={tmp_path / 'c.db'}")  # fmt: skip
@@ -391,7 +434,9 @@ class TestEval:
 
         monkeypatch.setattr(TransformersModel, "sample", sample)
         assert main(command) == 130
-        assert capsys.readouterr().err == "interrupted\n"
+        progress, last = capsys.readouterr().err.splitlines()
+        assert progress.endswith("INFO 16 of 20 prompts")
+        assert last == "interrupted"
         assert not (tmp_path / "r.json").exists()
         run(*command)
         assert asked[:3] == [16, 4, 4]  # then the unreadable replies again
@@ -436,7 +481,10 @@ class TestReport:
         first, second = map(Report.load, reports)
         run("report", reports[0], "--compare", reports[1], "--seed=3")
         out = capsys.readouterr().out
-        assert out.startswith(f"{reports[0]} less {reports[1]}\n")
+        head = out.splitlines()[:3]
+        assert head[0] == f"{reports[0]} less {reports[1]}"
+        assert head[1] == ("3 rows on 2 concept pairs; left out: 2 of the first, 0 of the second")
+        assert head[2].split() == ["metric", "mean", "95", "%", "interval"]
         wanted = compare(first, second, seed=3)["mean_error"]
         assert wanted.value != 0
         line = f"mean_error  *{wanted.value:.3f}  *{wanted.low:.3f} to {wanted.high:.3f}"
@@ -446,6 +494,12 @@ class TestReport:
         (tmp_path / "reversed.json").write_text(json.dumps(values))
         run("report", reports[0], "--compare", tmp_path / "reversed.json", "--seed=3")
         assert capsys.readouterr().out.splitlines()[1:] == out.splitlines()[1:]
+        run("report", reports[1], "--compare", reports[0])
+        text = "3 rows on 2 concept pairs; left out: 0 of the first, 2 of the second"
+        assert capsys.readouterr().out.splitlines()[1] == text
+        run("report", reports[0], "--compare", reports[0])
+        text = "5 rows on 3 concept pairs; left out: 0 of the first, 0 of the second"
+        assert capsys.readouterr().out.splitlines()[1] == text
 
 
 class TestPeople:
@@ -453,14 +507,11 @@ class TestPeople:
         out = tmp_path / "h.json"
         run("human-baseline", f"--data={data}", f"--json={out}", "--splits=3", "--seed=4")
         items, found = load_items(data), read(out)
-        assert found == json.loads(
-            json.dumps(
-                {
-                    "baseline": human_baseline(items, seed=4),
-                    "rsa": human_rsa(items, splits=3, seed=4),
-                }
-            )
-        )
+        assert list(found) == ["data", "version", "environment", "baseline", "rsa"]
+        assert (found["data"], found["version"]) == ("daten ü.jsonl", __version__)
+        assert found["environment"]["python"] == platform.python_version()
+        wanted = [human_baseline(items, seed=4), human_rsa(items, splits=3, seed=4)]
+        assert [found["baseline"], found["rsa"]] == json.loads(json.dumps(wanted))
         shown = capsys.readouterr().out
         assert shown.startswith("5 items on 3 concept pairs, 15 responses")
         value = found["baseline"]["rows"]["always_50"]["mean_error"]

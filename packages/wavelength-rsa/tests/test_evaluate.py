@@ -1,5 +1,6 @@
 """Reports: figures worked by hand, roles named, equal bytes, paired comparison."""
 
+import itertools
 import json
 import math
 
@@ -7,13 +8,14 @@ import numpy as np
 import pytest
 
 from tenfold_common.errors import UserError
-from tenfold_common.lm import ScriptedModel
-from wavelength_rsa.cache import CachedModel
+from tenfold_common.lm import ScriptedModel, ServerModel
+from wavelength_rsa.cache import CachedModel, fingerprint
 from wavelength_rsa.data import Item
 from wavelength_rsa.evaluate import Report, compare, evaluate_listener, evaluate_speaker
 from wavelength_rsa.listeners import LogprobListener, SamplingListener, TableListener
+from wavelength_rsa.metrics import cluster_bootstrap
 from wavelength_rsa.scales import Scale
-from wavelength_rsa.speakers import Candidates, RSASpeaker, SamplingSpeaker, Speaker
+from wavelength_rsa.speakers import Candidates, RSAListener, RSASpeaker, SamplingSpeaker, Speaker
 
 HOT, LOUD = Scale("Cold", "Hot"), Scale("Quiet", "Loud")
 STEP = 50  # positions 0, 50, 100
@@ -41,10 +43,11 @@ class Fixed(Speaker):
     name = "fixed"
 
     def __init__(self, listener=None):
-        self.inner = listener
+        self.listener = listener
 
     def describe(self):
-        return {"class": "Fixed", **({"listener": self.inner.describe()} if self.inner else {})}
+        inner = {"listener": self.listener.describe()} if self.listener else {}
+        return {"class": "Fixed", **inner}
 
     def _propose(self, tasks, seed):
         one = Candidates(
@@ -52,6 +55,42 @@ class Fixed(Speaker):
             np.array([1.0, 0.0]), ((), ("words",)), 2,
         )  # fmt: skip
         return [one] * len(tasks)
+
+
+class Even(Speaker):
+    """Says any of two hundred clues."""
+
+    name = "even"
+
+    def describe(self):
+        return {"class": "Even"}
+
+    def _propose(self, tasks, seed):
+        clues, even = tuple(f"c{i}" for i in range(200)), np.full(200, 1 / 200)
+        ones = np.ones(200, dtype=np.int64)
+        return [Candidates(clues, ones, even, even, None, ((),) * 200, 0)] * len(tasks)
+
+
+def shared(one, other):
+    """Return how many places hold the same."""
+    return sum(a == b for a, b in zip(one, other, strict=True))
+
+
+def player(name):
+    """A model that says 'lava' and takes every clue for everything."""
+    return ScriptedModel(
+        lambda prompt, *_: "<clue>lava" if "<clue>" in str(prompt) else "<answer>50",
+        score=lambda *_: -1.0, name=name,
+    )  # fmt: skip
+
+
+IMAGINED = (
+    "Self-play: the judge is the listener that the speaker imagines, so the speaker is graded by "
+    "what it optimises. Use another judge for a claim."
+)
+USED = "Self-play: the judge and the imagined listener are the same model, used differently."
+JUDGED = "Self-play: the speaker and the judge are the same model."
+OWN = "The speaker imagines a listener of its own model."
 
 
 class TestListener:
@@ -122,24 +161,120 @@ class TestSpeaker:
         ]  # fmt: skip
         assert drawn[0] == drawn[1]
 
+    def test_tables_that_are_imagined_and_judge(self):
+        same = evaluate_speaker(Fixed(table()), ITEMS[:1], judge=table(), resamples=10)
+        assert same.notes == [IMAGINED]
+        other = evaluate_speaker(Fixed(table()), ITEMS[:1], judge=table("other"), resamples=10)
+        assert other.notes == []
+
     def test_who_judges_is_said(self):
-        judge = table()
-        report = evaluate_speaker(Fixed(judge), ITEMS[:1], judge=table(), resamples=10)
-        assert "Self-play" in report.notes[0]
-        report = evaluate_speaker(Fixed(judge), ITEMS[:1], judge=table("other"), resamples=10)
-        assert report.notes == []
-        model = ScriptedModel(lambda *_: "<clue>lava</clue>", score=lambda p, t: -1.0, name="m")
-        speaker = SamplingSpeaker(model, num_candidates=2)
-        judge = LogprobListener(model, step=STEP)
+        """Model m proposes; m, n or both are imagined and judge, literally or pragmatically."""
+        m, n = player("m"), player("n")
+        proposer = SamplingSpeaker(m, num_candidates=2)
+
+        def literal(model):
+            return LogprobListener(model, step=STEP)
+
+        def reasoning(literally, speaks):
+            clues = SamplingSpeaker(speaks, num_candidates=2)
+            return RSAListener(literal(literally), clues)
+
+        pragmatic = RSASpeaker(proposer, literal(m))
+        sampled = SamplingListener(m, step=STEP, num_samples=2)
+        for speaker, judge, notes in (
+            (proposer, literal(m), [JUDGED]),
+            (proposer, literal(n), []),
+            (proposer, reasoning(m, n), [JUDGED]),
+            (proposer, reasoning(n, m), [JUDGED]),
+            (proposer, reasoning(n, n), []),
+            (pragmatic, literal(m), [IMAGINED, JUDGED, OWN]),
+            (pragmatic, sampled, [USED, JUDGED, OWN]),
+            (pragmatic, literal(n), [OWN]),
+            (pragmatic, reasoning(m, n), [USED, JUDGED, OWN]),
+            (RSASpeaker(proposer, literal(n)), literal(n), [IMAGINED]),
+            (RSASpeaker(proposer, literal(n)), literal(m), [JUDGED]),
+            (RSASpeaker(proposer, literal(n)), literal(player("o")), []),
+            (RSASpeaker(proposer, reasoning(n, n)), literal(n), [USED]),
+            (RSASpeaker(proposer, reasoning(n, m)), literal(n), [USED, OWN]),
+            (RSASpeaker(proposer, reasoning(n, m)), reasoning(n, m), [IMAGINED, JUDGED, OWN]),
+            (RSASpeaker(proposer, reasoning(m, n)), literal(player("o")), [OWN]),
+            (RSASpeaker(proposer, literal(n)), table(), []),
+        ):
+            report = evaluate_speaker(speaker, ITEMS[:1], judge=judge, resamples=10)
+            assert report.notes == notes, (speaker.name, judge.name)
+
+    def test_models_are_recorded_by_role(self):
+        m, n, o = player("m"), player("n"), player("o")
+        speaker = RSASpeaker(SamplingSpeaker(m, num_candidates=2), LogprobListener(n, step=STEP))
+        judge = RSAListener(LogprobListener(o, step=STEP), SamplingSpeaker(m, num_candidates=2))
         report = evaluate_speaker(speaker, ITEMS[:1], judge=judge, resamples=10)
-        assert report.notes == ["Self-play: the speaker and the judge are the same model."]
-        pragmatic = RSASpeaker(speaker, LogprobListener(model, step=STEP))
-        report = evaluate_speaker(pragmatic, ITEMS[:1], judge=judge, resamples=10)
-        assert "the listener that the speaker imagines" in report.notes[0]
-        other = SamplingListener(
-            ScriptedModel(lambda *_: "<answer>50</answer>", name="n"), step=STEP, num_samples=2
-        )
-        assert evaluate_speaker(pragmatic, ITEMS[:1], judge=other, resamples=10).notes == []
+        assert report.settings["models"] == {
+            "speaker": [fingerprint(m)],
+            "imagined listener": [fingerprint(n)],
+            "judge": [fingerprint(o), fingerprint(m)],
+        }
+        heard = evaluate_listener(judge, ITEMS[:1], resamples=10)
+        assert heard.settings["models"] == {"listener": [fingerprint(o), fingerprint(m)]}
+        assert evaluate_listener(table(), ITEMS, resamples=10).settings["models"] == {
+            "listener": []
+        }
+
+    def test_a_name_makes_no_self_play_and_a_cache_hides_none(self, start_server, tmp_path):
+        """Two models of one name, each known by its address, also behind a cache."""
+        urls = [start_server().url for _ in range(2)]
+        one, again, other = (ServerModel(url) for url in (urls[0], *urls))
+        assert one.name == other.name
+        proposer = SamplingSpeaker(player("m"), num_candidates=2)
+        direct = SamplingSpeaker(one, num_candidates=2)
+        pragmatic = RSASpeaker(proposer, LogprobListener(one, step=STEP))
+        with (
+            CachedModel(again, tmp_path / "c.db") as cached,
+            CachedModel(other, tmp_path / "c.db") as cached_other,
+        ):
+            for judging, same in (
+                (one, True), (again, True), (cached, True), (other, False), (cached_other, False),
+            ):  # fmt: skip
+                judge = LogprobListener(judging, step=STEP)
+                assert judge.describe() == pragmatic.listener.describe()
+                for speaker, note in ((direct, JUDGED), (pragmatic, IMAGINED)):
+                    report = evaluate_speaker(speaker, ITEMS[:1], judge=judge, resamples=10)
+                    assert report.notes == [note] * same
+
+    def test_every_draw_has_a_stream_of_its_own(self):
+        """Neither item k + 1 of one seed nor item k of the next draws what the other does."""
+        items = [Item(Scale(f"L{i}", f"R{i}"), "x", 50) for i in range(12)]
+        judge = TableListener({}, step=STEP, default="uniform")
+
+        def drawn(seed):
+            report = evaluate_speaker(Even(), items, judge=judge, seed=seed, resamples=10)
+            return [row["drawn"] for row in report.rows]
+
+        draws = [drawn(seed) for seed in range(4)]
+        assert drawn(2) == draws[2]
+        for one, following in itertools.pairwise(draws):
+            assert shared(one, following) <= 1
+            assert shared(one[1:], following[:-1]) <= 1
+            assert shared(one[:-1], following[1:]) <= 1
+            assert shared(one[1:], one[:-1]) <= 1
+
+    def test_intervals_resample_concept_pairs(self):
+        """One target of a pair and three of another: a resample may hold either pair alone."""
+        middle = [0.0, 1.0, 0.0]
+        rows = {(s.left, s.right, clue): middle for s in (HOT, LOUD) for clue in ("lava", "tea")}
+        rows |= {(s.left, s.right, "x"): middle for s in (HOT, LOUD)}
+        judge = TableListener({**rows, ("Cold", "Hot", "lava"): [1.0, 0.0, 0.0]}, step=STEP)
+        items = [Item(HOT, "x", 100, id="h"), Item(LOUD, "x", 50, id="l")]
+        items += [Item(LOUD, "x", 0, id="m"), Item(LOUD, "x", 100, id="n")]
+        report = evaluate_speaker(Fixed(), items, judge=judge, resamples=2000)
+        errors = [row["mean_error"] for row in report.rows]
+        assert errors == pytest.approx([0.75 * 100 + 0.25 * 50, 0.0, 50.0, 50.0])
+        found = report.summary["mean_error"]
+        assert found.value == pytest.approx(np.mean(errors))
+        assert (found.low, found.high) == pytest.approx((100 / 3, 87.5))  # of the pairs alone
+        groups = np.array([0, 1, 1, 1])
+        for name, one in report.summary.items():
+            values = np.array([row[name] for row in report.rows])
+            assert one == cluster_bootstrap(values, groups, resamples=2000, seed=0), name
 
     def test_a_clue_the_judge_cannot_read_is_an_error(self):
         with pytest.raises(UserError):

@@ -37,6 +37,38 @@ def answered(listener, alpha, clues=3, people=4000):
     return items
 
 
+def test_a_fold_is_fitted_to_the_other_concept_pairs_alone():
+    """One scale a fold, whose people are of another alpha than the rest."""
+    listener = literal()
+    items = [
+        item
+        for scale, alpha in zip(SCALES[:4], (0.4, 1.0, 2.0, 6.0), strict=True)
+        for item in answered(listener, alpha, people=400)
+        if item.scale == scale
+    ]
+    found = fit_games(items, listener=listener, folds=4)
+    wanted = {}
+    for scale in SCALES[:4]:
+        rest = [item for item in items if item.scale != scale]
+        held = [item for item in items if item.scale == scale]
+        alpha = fit_games(rest, listener=listener, folds=2).alpha
+        rows = listener.listen([(scale, item.clue) for item in held])
+        heard = RSA(alpha).log_listener(np.log(rows), keep_null=False)
+        score = sum(
+            float(np.sum(log[(np.array(item.responses) // STEP).astype(int)]))
+            for log, item in zip(heard, held, strict=True)
+        )
+        wanted[alpha] = score
+    alphas = sorted(fold.alpha for fold in found.folds)
+    assert alphas == pytest.approx(sorted(wanted), rel=1e-4)
+    assert alphas[-1] > 1.2 * found.alpha  # without those of 0.4; all pairs give found.alpha
+    assert alphas[0] < found.alpha / 1.05
+    by_alpha = [fold.log_likelihood for fold in sorted(found.folds, key=lambda f: f.alpha)]
+    assert by_alpha == pytest.approx([wanted[a] for a in sorted(wanted)], rel=1e-6)
+    assert found.cv_log_likelihood == pytest.approx(sum(wanted.values()), rel=1e-6)
+    assert found.cv_log_likelihood < found.log_likelihood - 10
+
+
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 3.0])
 def test_alpha_of_the_people_is_found(alpha):
     listener = literal()

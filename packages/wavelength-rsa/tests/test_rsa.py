@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenfold_common.errors import UserError
+from wavelength_rsa import rsa as rsa_module
 from wavelength_rsa.fitting import FitResult, fit_rsa
 from wavelength_rsa.reference import (
     naive_listener,
@@ -241,6 +242,30 @@ def test_alpha_inf_says_the_best_utterance_and_shares_ties() -> None:
     np.testing.assert_allclose(weighted[:, 0], [0.25, 0.75, 0], atol=1e-15)
 
 
+@pytest.mark.parametrize("near", [1e-7, 1e-9, 1e-11])
+def test_alpha_inf_decides_what_differs_by_more_than_rounding(near: float) -> None:
+    """A clear difference, however small, is no tie; logarithms of equal sums are one."""
+    a, b = 0.5 - near, 0.5 + near
+    sharp = replace(BARE, alpha=math.inf)
+    probs = logs([[a, b], [b, a]])
+    np.testing.assert_array_equal(sharp.speaker(probs), [[0, 1], [1, 0]])
+    np.testing.assert_array_equal(sharp.listener(probs), [[0, 1], [1, 0]])
+    positions = replace(sharp, utility="neg_expected_distance", positions=[0.0, 1.0])
+    np.testing.assert_array_equal(positions.speaker(probs), [[0, 1], [1, 0]])
+
+
+def test_alpha_inf_shares_what_differs_by_rounding() -> None:
+    sharp = replace(BARE, alpha=math.inf)
+    rows = np.array([[0.1 + 0.2, 0.7], [0.3, 1 - 0.3], [0.7 - 0.4, 0.7]])
+    assert len(set(rows[:, 0])) == 3
+    np.testing.assert_allclose(sharp.speaker(logs(rows)), np.full((3, 2), 1 / 3), rtol=1e-14)
+    np.testing.assert_allclose(
+        sharp.listener(logs([[0.1 + 0.2, 0.3, 0.4], [0.2, 0.2, 0.6]])),
+        [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]],
+        rtol=1e-14,
+    )
+
+
 @given(
     seed=st.integers(0, 10**6),
     m=st.integers(1, 7),
@@ -466,6 +491,83 @@ def test_gradients(utility: Utility, depth: int, value: float) -> None:
         assert float(moved) == pytest.approx(float(change.detach() / step), abs=1e-4)
     else:
         assert torch.autograd.gradcheck(run, (scores, alpha))
+
+
+WEIGHTS = ("cost", "utterance_prior", "state_prior")
+
+
+def weights_of(batch: tuple[int, ...], m: int, n: int) -> dict[str, torch.Tensor]:
+    """Return cost, utterance_prior and state_prior of a batch, positive, with gradients."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = dict(zip(WEIGHTS, (m, m, n), strict=True))
+    return {
+        name: torch.rand(*batch, size, generator=generator, dtype=torch.float64)
+        .add(0.2)
+        .requires_grad_()
+        for name, size in sizes.items()
+    }
+
+
+def pulled(name: str, logs: torch.Tensor, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return one number that depends on all weights, of a speaker or listener of depth 2."""
+    rsa = RSA(1.3, 2, prior_weight=0.7, **given)  # pyright: ignore[reportArgumentType]
+    found = getattr(rsa, name)(logs)
+    return (found * torch.arange(found.shape[-1]) ** 2).sum(-1).sin().sum()
+
+
+@pytest.mark.parametrize("name", ["log_speaker", "log_listener", "listener"])
+@pytest.mark.parametrize("only", [None, *WEIGHTS])
+def test_gradients_of_costs_and_priors_in_a_batch_of_more_than_a_block(
+    name: str, only: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One at a time too: where only a cost asks for gradients, the batch is one graph as well."""
+    probs = torch.from_numpy(logs(np.stack([game(i, 4, 5) for i in range(6)]))).view(2, 3, 4, 5)
+    given = weights_of((2, 3), 4, 5)
+    names = [only] if only else list(given)
+    for key in set(given) - set(names):
+        given[key].requires_grad_(False)
+    wanted = {key: torch.zeros_like(given[key]) for key in names}
+    for i, j in np.ndindex(2, 3):  # games by themselves
+        one = {key: w[i, j].detach().requires_grad_(key in names) for key, w in given.items()}
+        found = torch.autograd.grad(pulled(name, probs[i, j], one), [one[key] for key in names])
+        for key, gradient in zip(names, found, strict=True):
+            wanted[key][i, j] = gradient
+    for block in (1, 50, 2**18):  # one game, two games, all
+        monkeypatch.setattr("wavelength_rsa.rsa.BLOCK", block)
+        value = pulled(name, probs, given)
+        found = torch.autograd.grad(value, [given[key] for key in names])
+        for key, gradient in zip(names, found, strict=True):
+            assert float(gradient.abs().sum()) > 0
+            torch.testing.assert_close(gradient, wanted[key], rtol=1e-10, atol=1e-12)
+        with torch.no_grad():
+            torch.testing.assert_close(pulled(name, probs, given), value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["log_speaker", "log_listener"])
+def test_gradients_of_costs_and_priors_are_those_of_small_changes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wavelength_rsa.rsa.BLOCK", 1)
+    probs = torch.from_numpy(logs(np.stack([game(i, 3, 4) for i in range(2)])))
+    given = weights_of((2,), 3, 4)
+    assert torch.autograd.gradcheck(
+        lambda *w: pulled(name, probs, dict(zip(given, w, strict=True))), tuple(given.values())
+    )
+
+
+def test_gradients_of_shared_weights_in_a_batch_that_really_is_large() -> None:
+    """Shared by 2200 games of 6 x 21, more than fit a block; in parts that do, the sum."""
+    n = 21
+    probs = torch.from_numpy(logs(np.random.default_rng(0).dirichlet(np.ones(n), (2200, 5))))
+    assert probs.shape[0] * 6 * n > rsa_module.BLOCK
+    given = weights_of((), 5, n)
+    whole = torch.autograd.grad(pulled("log_listener", probs, given), list(given.values()))
+    parts = [
+        torch.autograd.grad(pulled("log_listener", part, given), list(given.values()))
+        for part in probs.split(550)
+    ]
+    for gradient, *each in zip(whole, *parts, strict=True):
+        torch.testing.assert_close(gradient, sum(each), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("utility", ["log_prob", "neg_expected_distance"])

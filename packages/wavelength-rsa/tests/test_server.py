@@ -13,6 +13,7 @@ import pytest
 
 from tenfold_common.errors import UserError
 from tenfold_common.lm import ServerModel
+from wavelength_rsa.cache import fingerprint
 from wavelength_rsa.cli import main
 from wavelength_rsa.listeners import LogprobListener, SamplingListener
 from wavelength_rsa.scales import Scale, grid
@@ -195,7 +196,14 @@ class TestCommand:
         command += [f"--data={data}", f"--out={out}", "--rsa", "--alpha=3", "--limit=1"]
         assert main([*command, "--resamples=20"]) == 0
         report = json.loads(out.read_text())
-        assert report["notes"] == []
+        assert report["notes"] == ["The speaker imagines a listener of its own model."]
+        ours_is, judge_is = (fingerprint(ServerModel(one.url)) for one in (ours, judge))
+        assert report["settings"]["models"] == {
+            "speaker": [ours_is],
+            "imagined listener": [ours_is],
+            "judge": [judge_is],
+        }
+        assert ours_is != judge_is
         assert report["settings"]["judge"]["model"] == "judge"
         assert report["settings"]["speaker"]["listener"]["model"] == "tiny"
         rows = {row["clue"]: row for row in report["rows"][0]["candidates"]}
@@ -235,7 +243,10 @@ class TestCommand:
         child.send_signal(signal.SIGINT)
         server.go.set()
         out, errors = child.communicate(timeout=60)
-        assert (child.returncode, out, errors) == (130, "", "interrupted\n")
+        assert (child.returncode, out) == (130, "")
+        progress, last = errors.splitlines()
+        assert progress.endswith("INFO 16 of 20 prompts")
+        assert last == "interrupted"
         assert not (tmp_path / "r.json").exists()
         server.held = None
         server.full.clear()

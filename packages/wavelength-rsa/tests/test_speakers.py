@@ -180,8 +180,8 @@ def test_drop_gives_rule_breakers_no_probability() -> None:
     for policy in ("drop", "raise"):
         speaker = SamplingSpeaker(clues(*BREAKERS), num_candidates=5, on_violation=policy)
         [found] = speaker.propose([(SPEED, 95)])
-        assert found.probs.tolist() == [0, 0, 1, 0]
-        assert found.prior.tolist() == [0.2, 0.2, 0.4, 0.2]
+        assert found.counts.tolist() == [1, 1, 2, 1]
+        assert found.probs.tolist() == found.prior.tolist() == [0, 0, 1, 0]
         said = speaker.speak(SPEED, 95)
         assert (said.clue, said.flagged) == ("jet", False)
 
@@ -294,6 +294,19 @@ def test_s1_is_the_papers_formula(target: int) -> None:
     assert found.listener.tolist() == [L0[clue][target // 50] for clue in COUNTS]
     assert found.prior.tolist() == [1 / 8, 4 / 8, 3 / 8]
     assert found.counts.tolist() == [1, 4, 3]
+
+
+def test_the_prior_is_what_was_probable_before_the_last_choice() -> None:
+    """After the rule filter, and over another pragmatic speaker after its choice."""
+    dropping = SamplingSpeaker(clues(*BREAKERS, "bus"), num_candidates=6, on_violation="drop")
+    rows = {"jet": [0.0, 0.1, 0.9], "bus": [0.2, 0.6, 0.2]}
+    pragmatic = RSASpeaker(dropping, Table(rows, default="uniform"))
+    [found] = pragmatic.propose([(SPEED, 100)])
+    assert found.clues == ("fast", "very fast", "jet", "7 very fast jets", "bus")
+    assert found.prior.tolist() == [0, 0, 2 / 3, 0, 1 / 3]
+    np.testing.assert_allclose(found.probs, [0, 0, 0.9, 0, 0.1], rtol=1e-12)
+    [again] = RSASpeaker(pragmatic, Table(rows, default="uniform")).propose([(SPEED, 100)])
+    assert again.prior.tolist() == found.probs.tolist()
 
 
 @pytest.mark.parametrize(
