@@ -297,7 +297,7 @@ USELESS = [
     ([*SPEAK, "--utility=neg_w1"], "--utility is for --rsa"),
     ([*EVAL, "--rsa_listener", "--utility=neg_w1"], "--utility is for --rsa"),
     ([*SPEAK, "--select=argmax"], "--select is for --rsa"),
-    ([*PLAY, "--role=speak", "--rsa", "--select=argmax"], "--select is for --rsa"),
+    ([*PLAY, "--role=speak", "--rsa", "--select=argmax"], "--rsa is for a model that speaks"),
     # nobody speaks
     ([*EVAL, "--num_candidates=4"], "--num_candidates is for a model that speaks"),
     ([*EVAL, "--cot"], "--cot is for a model that speaks"),
@@ -310,6 +310,18 @@ USELESS = [
     ([*FIT, "--model=m", "--max_tokens=9"], "--max_tokens is for --mode sample or cot, or a"),
     ([*LISTEN, "--mode=sample", "--normalize=pmi"], "--normalize is for --mode logprob"),
     ([*LISTEN, "--mode=cot", "--end=x"], "--end is for --mode logprob"),
+    # nobody listens
+    ([*SPEAK, "--mode=sample"], "--mode is for a model that listens"),
+    ([*SPEAK, "--normalize=pmi"], "--normalize is for --mode logprob, where a model listens"),
+    ([*PLAY, "--role=listen", "--end=x"], "--end is for --mode logprob, where a model listens"),
+    ([*FIT, "--mode=cot"], "--mode is for a model that listens"),
+    # where the model is
+    ([*FIT, "--device=cpu"], "--device is for a model in this process"),
+    ([*FIT, "--cache=c.db"], "--cache is for a model"),
+    ([*LISTEN, "--model_name=n", "--cache=left.db"], "a model's name"),
+    ([*LISTEN, "--api_key_env=KEY"], "--api_key_env is for a server"),
+    ([*FIT, "--model=http://h", "--dtype=float16"], "--dtype is for a model in this process"),
+    ([*FIT, "--model=http://h", "--thinking"], "--thinking is for a model in this process; a"),
     # nobody judges
     ([*SPEAK, "--judge_backend=server"], "--judge_backend is for --judge"),
     ([*SPEAKER, "--self_play", "--judge_backend=server"], "--judge_backend is for --judge"),
@@ -328,7 +340,9 @@ USED = [
     [*FIT, "--model=m", "--mode=sample", "--max_tokens=9"],
     [*LISTEN, "--normalize=pmi", "--end=x"],
     [*SPEAKER, "--judge=j", "--judge_backend=transformers"],
-    [*SPEAKER, "--judge=http://j", "--judge_model_name=n"],
+    [*SPEAKER, "--judge=http://j", "--judge_model_name=n", "--api_key_env=KEY", "--device=cpu"],
+    [*SPEAK, "--rsa", "--mode=sample", "--num_samples=4"],
+    [*SPEAK, "--judge=j", "--end=x"],
     # what is the default may be said
     [*EVAL, "--alpha=1", "--num_samples=32", "--num_candidates=32", "--normalize=none"],
 ]

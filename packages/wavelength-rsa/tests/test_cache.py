@@ -3,6 +3,7 @@
 import json
 import shutil
 import sqlite3
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,6 +181,24 @@ def test_settings_that_tell_models_apart(known):
     model = TransformersModel(known)
     model.model.generation_config.eos_token_id = 7  # what ends a reply
     assert fingerprint(model) != of()
+    assert of(skip_special_tokens=False) != of()
+
+
+def test_settings_of_adapters_tell_models_apart(known):
+    """With peft the scale of an adapter is no weight."""
+
+    def of(**settings):
+        model = TransformersModel(known)
+        model.model.peft_config = {"default": SimpleNamespace(to_dict=lambda: settings)}
+        return fingerprint(model)
+
+    modules = {"q_proj", "k_proj", "v_proj"}
+    assert of(lora_alpha=4, target_modules=modules) == of(target_modules=modules, lora_alpha=4)
+    assert of(lora_alpha=4) != of(lora_alpha=64)
+    model = TransformersModel(known)
+    before = fingerprint(model)
+    model.model.lm_head._disable_adapters = True
+    assert fingerprint(model) != before
 
 
 @pytest.mark.parametrize("place", [0, 12_345, 640_000, -1])

@@ -205,7 +205,14 @@ def fingerprint(model: TextModel) -> str:
     known: list[object] = [type(model).__name__, model.name]
     known += [
         str(getattr(model, name, ""))
-        for name in ("base_url", "source", "template_options", "extra", "context")
+        for name in (
+            "base_url",
+            "source",
+            "template_options",
+            "skip_special_tokens",
+            "extra",
+            "context",
+        )
     ]
     folder = Path(str(getattr(model, "source", "")))
     if hasattr(model, "source") and folder.is_dir():
@@ -221,6 +228,11 @@ def fingerprint(model: TextModel) -> str:
     if hasattr(network, "state_dict"):
         import torch
 
+        adapters = getattr(network, "peft_config", {})  # what scales them is no weight
+        known = [(name, each.to_dict()) for name, each in sorted(adapters.items())]
+        known += [getattr(network, "active_adapters", None) if adapters else None]
+        known += [getattr(m, "_disable_adapters", None) for m in network.modules()]
+        digest.update(json.dumps(known, sort_keys=True, default=_plainly).encode())
         digest.update(network.config.to_json_string().encode())
         digest.update(str(network.generation_config).encode())
         for name, weight in sorted(network.state_dict().items()):
@@ -228,6 +240,10 @@ def fingerprint(model: TextModel) -> str:
             plain = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest.update(memoryview(plain.numpy()))
     return f"{model.name}:{digest.hexdigest()[:16]}"
+
+
+def _plainly(value: object) -> object:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
 def _plain(prompts: Sequence[Prompt]) -> list[object]:

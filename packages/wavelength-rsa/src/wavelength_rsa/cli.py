@@ -280,7 +280,7 @@ def _listen(arguments: argparse.Namespace) -> int:
 
 def _speak(arguments: argparse.Namespace) -> int:
     _check_outputs(arguments, arguments.json)
-    _check_unused(arguments)
+    _check_unused(arguments, listens=bool(arguments.judge))
     from wavelength_rsa.scales import Scale, grid_index
 
     scale = Scale(arguments.left, arguments.right)
@@ -469,7 +469,7 @@ def _pragmatic_text(found: dict[str, Any]) -> str:
 
 def _fit(arguments: argparse.Namespace) -> int:
     _check_outputs(arguments, arguments.json)
-    _check_unused(arguments)
+    _check_unused(arguments, listens=bool(arguments.model))
     from wavelength_rsa.data import load_items
     from wavelength_rsa.fitting import fit_games
 
@@ -506,7 +506,8 @@ def _fit(arguments: argparse.Namespace) -> int:
 def _play(arguments: argparse.Namespace) -> int:
     with suppress(ImportError):
         import readline  # noqa: F401 - lets input() edit a line with the arrow keys
-    _check_unused(arguments, speaks=arguments.role == "listen")
+    speaks = arguments.role == "listen"
+    _check_unused(arguments, speaks=speaks, listens=not speaks)
     from wavelength_rsa.play import SCALES, play
 
     scales: Sequence[Any] = SCALES
@@ -514,7 +515,6 @@ def _play(arguments: argparse.Namespace) -> int:
         scales = list(dict.fromkeys(item.scale for item in _items(arguments)))
     with ExitStack() as stack:
         model = _model(arguments, stack)
-        speaks = arguments.role == "listen"
         play(
             role=arguments.role,
             listener=None if speaks else _listener(arguments, model),
@@ -566,10 +566,8 @@ def _loaded(
     from tenfold_common.lm import load_text_model
     from wavelength_rsa.cache import CachedModel, open_cache
 
-    if arguments.cache:
-        open_cache(arguments.cache).close()  # a broken file is told before a model is loaded
     template = None if arguments.thinking else {"enable_thinking": False}
-    server = backend == "server" or spec.startswith(("http://", "https://"))
+    server = backend == "server" or _is_address(spec)
     options: dict[str, Any] = {}
     if server:
         options = {"model": name, "api_key_env": arguments.api_key_env}
@@ -584,8 +582,14 @@ def _loaded(
         }
         if backend != "vllm":
             options["device"] = arguments.device
+    if arguments.cache:
+        open_cache(arguments.cache).close()  # a broken file is told before a model is loaded
     model = load_text_model(spec, backend, **options)
     return stack.enter_context(CachedModel(model, arguments.cache)) if arguments.cache else model
+
+
+def _is_address(spec: str) -> bool:
+    return spec.startswith(("http://", "https://"))
 
 
 def _listener(arguments: argparse.Namespace, model: "TextModel") -> "Listener":
@@ -632,24 +636,43 @@ def _speaker(arguments: argparse.Namespace, model: "TextModel") -> "Speaker":
     )  # fmt: skip
 
 
-def _check_unused(arguments: argparse.Namespace, *, speaks: bool = True) -> None:
-    """Refuse options that would change nothing, as who gave them believes that they do."""
+def _check_unused(
+    arguments: argparse.Namespace, *, speaks: bool = True, listens: bool = True
+) -> None:
+    """Refuse options that would change nothing, as who gave them believes that they do.
+
+    `speaks` and `listens`: whether a model does, apart from a listener that a speaker imagines.
+    """
     given = vars(arguments)
     rsa = bool(given.get("rsa") and speaks)
     reasoning = rsa or bool(given.get("rsa_listener"))
     speaking = "rsa" in given and (speaks or reasoning)
+    listening = listens or rsa
     sampled = arguments.mode != "logprob"
+    server = arguments.backend == "server" or _is_address(arguments.model or "")
+    local = bool(arguments.model) and not server
+    if given.get("judge"):
+        local |= arguments.judge_backend != "server" and not _is_address(arguments.judge)
+        server |= arguments.judge_backend == "server" or _is_address(arguments.judge)
     uses = {  # option: whether it is used, its default, where it belongs
+        "rsa": (speaks, False, "a model that speaks"),
+        "mode": (listening, "logprob", "a model that listens (--rsa, --judge, --model)"),
+        "device": (local, "auto", "a model in this process"),
+        "dtype": (local, "auto", "a model in this process"),
+        "thinking": (local, False, "a model in this process; a server decides for itself"),
+        "trust_remote_code": (local, False, "a model in this process"),
+        "api_key_env": (server, None, "a server"),
+        "cache": (local or server, None, "a model (--model)"),
         "alpha": (reasoning, 1.0, "--rsa" + " or --rsa_listener" * ("rsa_listener" in given)),
         "utility": (rsa, "log_prob", "--rsa"),
         "select": (rsa, "sample", "--rsa"),
         "num_candidates": (speaking, 32, "a model that speaks"),
         "cot": (speaking, False, "a model that speaks"),
         "on_violation": (speaking, "keep", "a model that speaks"),
-        "num_samples": (sampled, 32, "--mode sample or cot"),
+        "num_samples": (sampled and listening, 32, "--mode sample or cot, where a model listens"),
         "max_tokens": (sampled or speaking, None, "--mode sample or cot, or a model that speaks"),
-        "normalize": (not sampled, "none", "--mode logprob"),
-        "end": (not sampled, None, "--mode logprob"),
+        "normalize": (listening and not sampled, "none", "--mode logprob, where a model listens"),
+        "end": (listening and not sampled, None, "--mode logprob, where a model listens"),
         "judge_backend": (bool(given.get("judge")), "auto", "--judge"),
         "judge_model_name": (bool(given.get("judge")), None, "--judge"),
     }

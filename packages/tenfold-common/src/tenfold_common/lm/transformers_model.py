@@ -96,6 +96,7 @@ class TransformersModel:
         self.context = context or getattr(text_config, "max_position_embeddings", None)
         self._inner = inner
         self.template_options = dict(template_options or {})
+        self.skip_special_tokens = skip_special_tokens
         self._tokens = Tokens(tokenizer, template_options, skip_special_tokens)
         self._ends = _end_tokens(inner, tokenizer)
         pads = (tokenizer.pad_token_id, *sorted(self._ends), 0)

@@ -68,6 +68,7 @@ class VLLMModel:
         self.name = source_name(model)
         self.source = str(model)
         self.template_options = dict(template_options or {})
+        self.skip_special_tokens = skip_special_tokens
         self.tokenizer = self.engine.get_tokenizer()
         self.context = int(self.engine.llm_engine.model_config.max_model_len)
         self._tokens = Tokens(self.tokenizer, template_options, skip_special_tokens)
