@@ -318,7 +318,6 @@ USELESS = [
     # where the model is
     ([*FIT, "--device=cpu"], "--device is for a model in this process"),
     ([*FIT, "--cache=c.db"], "--cache is for a model"),
-    ([*LISTEN, "--model_name=n", "--cache=left.db"], "a model's name"),
     ([*LISTEN, "--api_key_env=KEY"], "--api_key_env is for a server"),
     ([*FIT, "--model=http://h", "--dtype=float16"], "--dtype is for a model in this process"),
     ([*FIT, "--model=http://h", "--thinking"], "--thinking is for a model in this process; a"),
