@@ -319,6 +319,9 @@ USELESS = [
     ([*FIT, "--device=cpu"], "--device is for a model in this process"),
     ([*FIT, "--cache=c.db"], "--cache is for a model"),
     ([*LISTEN, "--api_key_env=KEY"], "--api_key_env is for a server"),
+    ([*SPEAKER, "--judge=j", "--judge_api_key_env=KEY"], "--judge_api_key_env is for a judge"),
+    ([*FIT, "--backend=vllm"], "--backend is for --model"),
+    ([*FIT, "--model_name=n"], "--model_name is for --model"),
     ([*FIT, "--model=http://h", "--dtype=float16"], "--dtype is for a model in this process"),
     ([*FIT, "--model=http://h", "--thinking"], "--thinking is for a model in this process; a"),
     # nobody judges
@@ -339,8 +342,16 @@ USED = [
     [*FIT, "--model=m", "--mode=sample", "--max_tokens=9"],
     [*LISTEN, "--normalize=pmi", "--end=x"],
     [*SPEAKER, "--judge=j", "--judge_backend=transformers"],
-    [*SPEAKER, "--judge=http://j", "--judge_model_name=n", "--api_key_env=KEY", "--device=cpu"],
+    [
+        *SPEAKER,
+        "--judge=http://j",
+        "--judge_model_name=n",
+        "--judge_api_key_env=KEY",
+        "--device=cpu",
+    ],
     [*SPEAK, "--rsa", "--mode=sample", "--num_samples=4"],
+    [*SPEAK, "--self_play", "--mode=sample"],
+    [*SPEAK, "--self_play", "--normalize=token"],
     [*SPEAK, "--judge=j", "--end=x"],
     # what is the default may be said
     [*EVAL, "--alpha=1", "--num_samples=32", "--num_candidates=32", "--normalize=none"],

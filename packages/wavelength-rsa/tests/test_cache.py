@@ -187,18 +187,82 @@ def test_settings_that_tell_models_apart(known):
 def test_settings_of_adapters_tell_models_apart(known):
     """With peft the scale of an adapter is no weight."""
 
-    def of(**settings):
+    def of(**state):
+        """The attributes of a layer of peft."""
         model = TransformersModel(known)
-        model.model.peft_config = {"default": SimpleNamespace(to_dict=lambda: settings)}
+        layer = {"_disable_adapters": False, "_active_adapter": ["a"], "scaling": {"a": 2.0}}
+        vars(model.model.lm_head).update({**layer, **state})
         return fingerprint(model)
 
-    modules = {"q_proj", "k_proj", "v_proj"}
-    assert of(lora_alpha=4, target_modules=modules) == of(target_modules=modules, lora_alpha=4)
-    assert of(lora_alpha=4) != of(lora_alpha=64)
-    model = TransformersModel(known)
-    before = fingerprint(model)
-    model.model.lm_head._disable_adapters = True
-    assert fingerprint(model) != before
+    prints = [
+        fingerprint(TransformersModel(known)),
+        of(),
+        of(scaling={"a": 32.0}),
+        of(_active_adapter=["b"]),
+        of(_disable_adapters=True),
+        of(merged_adapters=["a"]),
+    ]
+    assert len(set(prints)) == len(prints)
+    assert of() == of()
+
+
+def test_special_tokens_tell_models_apart(known, tmp_path):
+    """Which token begins and which ends a text is no part of the fast tokenizer itself."""
+    one = fingerprint(TransformersModel(known))
+    copy = tmp_path / "other name"
+    shutil.copytree(known, copy)
+    renamed = fingerprint(TransformersModel(copy))
+    assert renamed.startswith("other name:")
+    assert renamed.rpartition(":")[2] == one.rpartition(":")[2]  # the name is not in the hash
+    file = copy / "tokenizer_config.json"
+    settings = json.loads(file.read_text("utf-8"))
+    settings["eos_token"], settings["bos_token"] = settings["bos_token"], settings["eos_token"]
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    assert fingerprint(TransformersModel(copy)).rpartition(":")[2] != one.rpartition(":")[2]
+
+
+def test_addresses_of_one_server_are_one():
+    urls = (
+        "http://127.0.0.1:8",
+        "http://127.0.0.1:8/",
+        "http://127.0.0.1:8/v1",
+        "http://localhost:8",
+    )
+    models = [SimpleNamespace(name="m", base_url=url, extra={}) for url in urls]
+    assert len({fingerprint(model) for model in models}) == 1
+    other = SimpleNamespace(name="m", base_url="http://127.0.0.1:9", extra={})
+    assert fingerprint(other) != fingerprint(models[0])
+
+
+@pytest.mark.parametrize("value", ["[]", "3", "[[3]]", '{"a": 1}'])
+def test_values_of_another_form_are_damage(tmp_path, value):
+    with CachedModel(ScriptedModel(lambda p, *_: p), tmp_path / "c.db") as model:
+        model.sample(["a"])
+        model.score_many(["p"], [["x"]])
+    with sqlite3.connect(tmp_path / "c.db") as file:
+        file.execute("update answers set value = ?", (value,))
+    with CachedModel(ScriptedModel(lambda p, *_: p), tmp_path / "c.db") as model:
+        for ask in (lambda: model.sample(["a"]), lambda: model.score_many(["p"], [["x"]])):
+            with pytest.raises(UserError, match="is damaged"):
+                ask()
+
+
+def test_a_database_of_something_else_is_left_alone(tmp_path):
+    with sqlite3.connect(tmp_path / "f.db") as file:
+        file.execute("create table bookmarks (a text)")
+    before = (tmp_path / "f.db").read_bytes()
+    with pytest.raises(UserError, match=r"something else \(it holds 'bookmarks'\)"):
+        open_cache(tmp_path / "f.db")
+    assert (tmp_path / "f.db").read_bytes() == before
+
+
+def test_answers_in_another_order_are_asked_anew(tmp_path):
+    inner = ScriptedModel(lambda p, *_: p, score=lambda prefix, text: -float(len(text)))
+    with CachedModel(inner, tmp_path / "c.db") as model:
+        (first,) = model.score_many(["p"], [["x", "xyz"]])
+        (other,) = model.score_many(["p"], [["xyz", "x"]])
+    assert [s.total for s in first] == [s.total for s in other][::-1]
+    assert first[0].total != first[1].total
 
 
 @pytest.mark.parametrize("place", [0, 12_345, 640_000, -1])

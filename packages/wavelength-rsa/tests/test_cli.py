@@ -11,7 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from tenfold_common.lm import TransformersModel
+from tenfold_common.errors import UserError
+from tenfold_common.lm import ScriptedModel, TransformersModel
 from wavelength_rsa import (
     LogprobListener,
     Report,
@@ -19,6 +20,7 @@ from wavelength_rsa import (
     SamplingSpeaker,
     Scale,
     compare,
+    evaluate,
     evaluate_listener,
     evaluate_speaker,
     load_items,
@@ -461,6 +463,35 @@ class TestEval:
         run(*command, "--overwrite")
         assert read(tmp_path / name)["task"] == ("listener" if task == "listener" else "speaker")
 
+    def test_a_listener_that_reasons_does_so_with_the_alpha_given(self, player, data, tmp_path):
+        out = tmp_path / "r.json"
+        run(
+            "eval", "--task=listener", f"--model={player}", f"--data={data}", f"--out={out}",
+            "--limit=1", "--resamples=20", "--rsa_listener", "--alpha=4", "--num_candidates=2",
+        )  # fmt: skip
+        listener = read(out)["settings"]["listener"]
+        assert (listener["class"], listener["alpha"]) == ("RSAListener", 4.0)
+        assert listener["alternatives"]["num_candidates"] == 2
+
+    def test_speaker_and_judge_are_loaded_each_by_its_own_options(
+        self, data, tmp_path, capsys, monkeypatch
+    ):
+        asked = []
+
+        def load(spec, backend, **options):
+            asked.append((spec, backend, options.get("model"), options.get("api_key_env")))
+            if len(asked) == 2:
+                raise UserError("that is enough")
+            return ScriptedModel()
+
+        monkeypatch.setattr("tenfold_common.lm.load_text_model", load)
+        refused(
+            capsys, "eval", "--task=speaker", "--model=http://a", "--model_name=one",
+            "--api_key_env=A", "--judge=http://b", "--judge_backend=server", "--judge_model_name=two",
+            "--judge_api_key_env=B", f"--data={data}", f"--out={tmp_path / 'r.json'}",
+        )  # fmt: skip
+        assert asked == [("http://a", "auto", "one", "A"), ("http://b", "server", "two", "B")]
+
     def test_speakers_need_a_judge(self, data, tmp_path, capsys, no_model):
         command = ["eval", "--model=m", f"--data={data}", f"--out={tmp_path / 'r.json'}"]
         for task in ("speaker", "both"):
@@ -500,6 +531,32 @@ class TestReport:
         run("report", reports[0], "--compare", reports[0])
         text = "5 rows on 3 concept pairs; left out: 0 of the first, 0 of the second"
         assert capsys.readouterr().out.splitlines()[1] == text
+
+    def test_compare_says_what_differs(self, reports, tmp_path, capsys, monkeypatch):
+        values = json.loads(reports[0].read_text("utf-8"))
+        values["settings"]["listener"]["step"] = 1
+        values["notes"] = ["Self-play: beware."]
+        (tmp_path / "other.json").write_text(json.dumps(values))
+        run("report", reports[0], "--compare", tmp_path / "other.json")
+        lines = capsys.readouterr().out.splitlines()
+        assert "differs in listener.step: 5, 1" in lines
+        assert lines[-1] == f"note on {tmp_path / 'other.json'}: Self-play: beware."
+        seeds = []
+        real = evaluate.compare
+        monkeypatch.setattr(
+            evaluate, "compare", lambda *a, seed: seeds.append(seed) or real(*a, seed=seed)
+        )
+        run("report", reports[0], "--compare", reports[0], "--seed=7")
+        assert seeds == [7]
+
+    def test_files_of_a_model_are_not_replaced(self, player, capsys):
+        before = (player / "config.json").read_bytes()
+        line = refused(
+            capsys, "listen", f"--model={player}", "--left=Cold", "--right=Hot", "fire",
+            f"--json={player / 'config.json'}",
+        )  # fmt: skip
+        assert "lies in the folder of a model" in line
+        assert (player / "config.json").read_bytes() == before
 
 
 class TestPeople:

@@ -11,7 +11,14 @@ from tenfold_common.errors import UserError
 from tenfold_common.lm import ScriptedModel, ServerModel
 from wavelength_rsa.cache import CachedModel, fingerprint
 from wavelength_rsa.data import Item
-from wavelength_rsa.evaluate import Report, compare, evaluate_listener, evaluate_speaker
+from wavelength_rsa.evaluate import (
+    Report,
+    compare,
+    different_settings,
+    evaluate_listener,
+    evaluate_speaker,
+    shared_rows,
+)
 from wavelength_rsa.listeners import LogprobListener, SamplingListener, TableListener
 from wavelength_rsa.metrics import cluster_bootstrap
 from wavelength_rsa.scales import Scale
@@ -199,6 +206,7 @@ class TestSpeaker:
             (RSASpeaker(proposer, reasoning(n, m)), reasoning(n, m), [IMAGINED, JUDGED, OWN]),
             (RSASpeaker(proposer, reasoning(m, n)), literal(player("o")), [OWN]),
             (RSASpeaker(proposer, literal(n)), table(), []),
+            (RSASpeaker(RSASpeaker(proposer, literal(n)), literal(m)), literal(n), [IMAGINED, OWN]),
         ):
             report = evaluate_speaker(speaker, ITEMS[:1], judge=judge, resamples=10)
             assert report.notes == notes, (speaker.name, judge.name)
@@ -323,6 +331,41 @@ class TestCompare:
         second = evaluate_listener(uniform, [*ITEMS[::-1]][:2], resamples=50)
         found = compare(first, second, resamples=50)["mean_error"]
         assert found.value == pytest.approx(((0 + 12.5) - (50 + 0)) / 2)
+
+    def test_equal_rows_go_together_one_by_one(self):
+        """Two groups of people asked about one clue are two rows."""
+        twice = [ITEMS[0], Item(HOT, "fire", 100, (0.0, 0.0), id="d"), ITEMS[2]]
+        report = evaluate_listener(table(), twice, resamples=50)
+        for name, one in compare(report, report, resamples=50).items():
+            assert one.value == pytest.approx(0.0), name
+        fewer = evaluate_listener(table(), twice[1:], resamples=50)
+        assert [len(shared_rows(report, fewer)), len(shared_rows(fewer, report))] == [2, 2]
+
+    def test_pairs_are_resampled_by_both_ends(self):
+        """Scales that share one end are two concept pairs."""
+        other = Scale("Cold", "Spicy")
+        items = [ITEMS[0], Item(other, "fire", 100), Item(other, "ice", 0)]
+        listener = TableListener(
+            {
+                **TABLE,
+                ("Cold", "Spicy", "fire"): [0, 0, 1.0],
+                ("Cold", "Spicy", "ice"): [1.0, 0, 0],
+            },
+            step=STEP,
+        )
+        first = evaluate_listener(listener, items, resamples=50)
+        second = evaluate_listener(
+            TableListener({}, step=STEP, default="uniform"), items, resamples=50
+        )
+        assert not math.isnan(compare(first, second, resamples=50)["mean_error"].low)
+
+    def test_settings_that_differ_are_named(self):
+        first = evaluate_listener(table("a"), ITEMS, resamples=10)
+        second = evaluate_listener(table("b"), ITEMS, resamples=10, seed=3)
+        assert different_settings(first, first) == []
+        found = different_settings(first, second)
+        assert "seed: 0, 3" in found
+        assert any(line.startswith("listener.") for line in found)
 
     def test_what_cannot_be_compared(self):
         listener = evaluate_listener(table(), ITEMS, resamples=10)

@@ -91,7 +91,8 @@ class CachedModel:
             )  # fmt: skip
             found = [[[g.text, g.finish_reason, g.tokens] for g in each] for each in made]
             self._put({key: found})
-        return [[Generation(*g) for g in each] for each in found]
+        with _damage(self.path):
+            return [[Generation(*g) for g in found[i]] for i in range(len(prompts))]
 
     def score(self, prefix: Prompt, continuations: Sequence[str]) -> list[Score]:
         """Log-probabilities of continuations; see `tenfold_common.lm.TextModel.score`."""
@@ -114,10 +115,11 @@ class CachedModel:
             for i, scores in zip(missing, made, strict=True):
                 values[i] = [[list(s.logprobs), [list(o) for o in s.offsets]] for s in scores]
             self._put({keys[i]: values[i] for i in missing})
-        return [
-            [Score(tuple(logs), tuple((a, b) for a, b in spans)) for logs, spans in value]
-            for value in values
-        ]
+        with _damage(self.path):
+            return [
+                [Score(tuple(value[i][0]), tuple((a, b) for a, b in value[i][1])) for i in range(n)]
+                for value, n in zip(values, map(len, continuations), strict=True)
+            ]
 
     def close(self) -> None:
         """Close the file; closing twice is allowed."""
@@ -145,12 +147,8 @@ class CachedModel:
             self.misses += prompts
             return None
         self.hits += prompts
-        try:
+        with _damage(self.path):
             return json.loads(row[0])
-        except ValueError as error:
-            raise UserError(
-                f"the cache {self.path} is damaged ({error}); delete it, or name another file"
-            ) from error
 
     def _put(self, values: dict[str, Any]) -> None:
         rows = [(key, json.dumps(value)) for key, value in values.items()]
@@ -171,6 +169,12 @@ def open_cache(path: str | PathLike[str]) -> sqlite3.Connection:
     with _errors(file):
         connection = sqlite3.connect(file, timeout=60.0)
         try:
+            names = [n for (n,) in connection.execute("select name from sqlite_master")]
+            if names and "answers" not in names:
+                raise UserError(
+                    f"{file} is a database of something else (it holds {names[0]!r}); name another "
+                    "file"
+                )
             connection.execute(
                 "create table if not exists answers (key text primary key, value text not null)"
             )
@@ -179,6 +183,16 @@ def open_cache(path: str | PathLike[str]) -> sqlite3.Connection:
             connection.close()
             raise
     return connection
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, IndexError, KeyError) as error:
+        raise UserError(
+            f"the cache {path} is damaged ({error}); delete it, or name another file"
+        ) from error
 
 
 @contextmanager
@@ -193,53 +207,54 @@ def _errors(path: Path) -> Iterator[None]:
 
 
 def fingerprint(model: TextModel) -> str:
-    """Return what tells a model from others, as `name:hash`.
+    """Return what tells a model from others, as `name:hash`; the hash does not depend on the name.
 
     Of a model in this process every weight enters, with its configuration, generation settings,
-    tokenizer and template options; of vLLM's the folder with the sizes and times of its files; of a
-    server its address, and what is sent beside the prompt. Other models are known by class and
-    name. A folder replaced behind a server goes unnoticed.
+    adapters, tokenizer and template options, wherever it lies; of vLLM's the folder with the sizes
+    and times of its files; of a server its address, the model's name, and what is sent beside the
+    prompt. Other models are known by class and name. A folder replaced behind a server goes
+    unnoticed.
     """
     if isinstance(model, CachedModel):
         return model.identity
-    known: list[object] = [type(model).__name__, model.name]
-    known += [
-        str(getattr(model, name, ""))
-        for name in (
-            "base_url",
-            "source",
-            "template_options",
-            "skip_special_tokens",
-            "extra",
-            "context",
-        )
-    ]
-    folder = Path(str(getattr(model, "source", "")))
-    if hasattr(model, "source") and folder.is_dir():
-        files = sorted(file for file in folder.iterdir() if file.is_file())
-        known += [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    tokenizer: Any = getattr(model, "tokenizer", None)
-    if tokenizer is not None:
-        known.append(str(getattr(tokenizer, "chat_template", None)))
-        inner = getattr(tokenizer, "backend_tokenizer", None)
-        known.append(inner.to_str() if inner is not None else sorted(tokenizer.get_vocab().items()))
-    digest = sha256(json.dumps(known, default=str).encode())
+    known: list[object] = [type(model).__name__]
     network: Any = getattr(model, "model", None)
     if hasattr(network, "state_dict"):
-        import torch
+        known += _network(network)
+    else:
+        folder = Path(str(getattr(model, "source", "")))
+        address = str(getattr(model, "base_url", "")).replace("//localhost", "//127.0.0.1")
+        known += [model.name, str(folder), address.rstrip("/").removesuffix("/v1")]
+        if hasattr(model, "source") and folder.is_dir():
+            files = sorted(file for file in folder.iterdir() if file.is_file())
+            known += [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    names = ("template_options", "skip_special_tokens", "extra", "context")
+    known += [getattr(model, name, None) for name in names]
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    if tokenizer is not None:
+        known += [getattr(tokenizer, "chat_template", None), tokenizer.special_tokens_map]
+        inner = getattr(tokenizer, "backend_tokenizer", None)
+        known.append(inner.to_str() if inner is not None else sorted(tokenizer.get_vocab().items()))
+    text = json.dumps(known, sort_keys=True, default=_plainly)
+    return f"{model.name}:{sha256(text.encode()).hexdigest()[:16]}"
 
-        adapters = getattr(network, "peft_config", {})  # what scales them is no weight
-        known = [(name, each.to_dict()) for name, each in sorted(adapters.items())]
-        known += [getattr(network, "active_adapters", None) if adapters else None]
-        known += [getattr(m, "_disable_adapters", None) for m in network.modules()]
-        digest.update(json.dumps(known, sort_keys=True, default=_plainly).encode())
-        digest.update(network.config.to_json_string().encode())
-        digest.update(str(network.generation_config).encode())
-        for name, weight in sorted(network.state_dict().items()):
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            plain = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(memoryview(plain.numpy()))
-    return f"{model.name}:{digest.hexdigest()[:16]}"
+
+def _network(network: Any) -> list[object]:
+    """Return what a network in this process computes with; of its weights their hash."""
+    import torch
+
+    config = {k: v for k, v in network.config.to_dict().items() if k != "_name_or_path"}
+    known: list[object] = [config, str(network.generation_config)]
+    for module in network.modules():
+        if hasattr(module, "_disable_adapters"):  # of peft: what scales an adapter is no weight
+            names = ("scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
+            known.append([str(getattr(module, name, None)) for name in names])
+    digest = sha256()
+    for name, weight in sorted(network.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        plain = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(memoryview(plain.numpy()))
+    return [*known, digest.hexdigest()]
 
 
 def _plainly(value: object) -> object:

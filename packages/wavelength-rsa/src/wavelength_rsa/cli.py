@@ -220,6 +220,9 @@ def _add_judge(parser: Parser) -> None:
     parser.add_argument("--judge_backend", default="auto", choices=BACKENDS)
     parser.add_argument("--judge_model_name")
     parser.add_argument(
+        "--judge_api_key_env", metavar="NAME", help="variable that holds the judge's key"
+    )
+    parser.add_argument(
         "--self_play", action="store_true", help="let --model judge itself; the report says so"
     )
 
@@ -280,7 +283,7 @@ def _listen(arguments: argparse.Namespace) -> int:
 
 def _speak(arguments: argparse.Namespace) -> int:
     _check_outputs(arguments, arguments.json)
-    _check_unused(arguments, listens=bool(arguments.judge))
+    _check_unused(arguments, listens=bool(arguments.judge or arguments.self_play))
     from wavelength_rsa.scales import Scale, grid_index
 
     scale = Scale(arguments.left, arguments.right)
@@ -380,7 +383,14 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from wavelength_rsa.evaluate import Report, compare, interval_text, shared_rows
+    from wavelength_rsa.evaluate import (
+        Report,
+        compare,
+        different_settings,
+        interval_text,
+        number_text,
+        shared_rows,
+    )
 
     first = Report.load(arguments.file)
     if arguments.compare is None:
@@ -399,7 +409,12 @@ def _report(arguments: argparse.Namespace) -> int:
     )
     print(f"{'metric':24} {'mean':>9}   95 % interval")
     for name, one in differences.items():
-        print(f"{name:24} {one.value:9.3f}   {interval_text(one)}")
+        print(f"{name:24} {number_text(one.value):>9}   {interval_text(one)}")
+    for setting in different_settings(first, second):
+        print(f"differs in {setting}")
+    for file, report in ((arguments.file, first), (arguments.compare, second)):
+        for note in report.notes:
+            print(f"note on {file}: {note}")
     return 0
 
 
@@ -550,17 +565,27 @@ def _items(arguments: argparse.Namespace) -> "list[Item]":
 
 
 def _model(arguments: argparse.Namespace, stack: ExitStack) -> "TextModel":
-    return _loaded(arguments, arguments.model, arguments.backend, arguments.model_name, stack)
+    return _loaded(
+        arguments, arguments.model, arguments.backend, arguments.model_name, stack,
+        key=arguments.api_key_env,
+    )  # fmt: skip
 
 
 def _judge_model(arguments: argparse.Namespace, stack: ExitStack) -> "TextModel":
     return _loaded(
-        arguments, arguments.judge, arguments.judge_backend, arguments.judge_model_name, stack
-    )
+        arguments, arguments.judge, arguments.judge_backend, arguments.judge_model_name, stack,
+        key=arguments.judge_api_key_env,
+    )  # fmt: skip
 
 
 def _loaded(
-    arguments: argparse.Namespace, spec: str, backend: str, name: str | None, stack: ExitStack
+    arguments: argparse.Namespace,
+    spec: str,
+    backend: str,
+    name: str | None,
+    stack: ExitStack,
+    *,
+    key: str | None,
 ) -> "TextModel":
     """Load a model, behind the cache if one is asked for."""
     from tenfold_common.lm import load_text_model
@@ -570,7 +595,7 @@ def _loaded(
     server = backend == "server" or _is_address(spec)
     options: dict[str, Any] = {}
     if server:
-        options = {"model": name, "api_key_env": arguments.api_key_env}
+        options = {"model": name, "api_key_env": key}
     elif name:
         raise UserError(f"a model's name ({name!r}) is for a server; {spec!r} is the model itself")
     else:
@@ -582,6 +607,8 @@ def _loaded(
         }
         if backend != "vllm":
             options["device"] = arguments.device
+        elif arguments.device != "auto":
+            raise UserError("--device is for transformers; vLLM decides for itself")
     if arguments.cache:
         open_cache(arguments.cache).close()  # a broken file is told before a model is loaded
     model = load_text_model(spec, backend, **options)
@@ -589,7 +616,7 @@ def _loaded(
 
 
 def _is_address(spec: str) -> bool:
-    return spec.startswith(("http://", "https://"))
+    return spec.lower().startswith(("http://", "https://"))
 
 
 def _listener(arguments: argparse.Namespace, model: "TextModel") -> "Listener":
@@ -651,9 +678,11 @@ def _check_unused(
     sampled = arguments.mode != "logprob"
     server = arguments.backend == "server" or _is_address(arguments.model or "")
     local = bool(arguments.model) and not server
-    if given.get("judge"):
-        local |= arguments.judge_backend != "server" and not _is_address(arguments.judge)
-        server |= arguments.judge_backend == "server" or _is_address(arguments.judge)
+    judge = given.get("judge")
+    judged_by_server = bool(judge) and (
+        arguments.judge_backend == "server" or _is_address(arguments.judge)
+    )
+    local |= bool(judge) and not judged_by_server
     uses = {  # option: whether it is used, its default, where it belongs
         "rsa": (speaks, False, "a model that speaks"),
         "mode": (listening, "logprob", "a model that listens (--rsa, --judge, --model)"),
@@ -662,7 +691,10 @@ def _check_unused(
         "thinking": (local, False, "a model in this process; a server decides for itself"),
         "trust_remote_code": (local, False, "a model in this process"),
         "api_key_env": (server, None, "a server"),
-        "cache": (local or server, None, "a model (--model)"),
+        "judge_api_key_env": (judged_by_server, None, "a judge behind a server"),
+        "backend": (bool(arguments.model), "auto", "--model"),
+        "model_name": (bool(arguments.model), None, "--model"),
+        "cache": (bool(arguments.model), None, "a model (--model)"),
         "alpha": (reasoning, 1.0, "--rsa" + " or --rsa_listener" * ("rsa_listener" in given)),
         "utility": (rsa, "log_prob", "--rsa"),
         "select": (rsa, "sample", "--rsa"),
@@ -682,13 +714,15 @@ def _check_unused(
 
 
 def _check_outputs(arguments: argparse.Namespace, *outputs: str | Path | None) -> None:
-    """Refuse files that cannot be written, or that are the data or the cache."""
+    """Refuse files that cannot be written, or that are the data, the cache or of a model."""
     for output in filter(None, outputs):
         check_output_file(output)
         for name in ("data", "cache"):
             other = getattr(arguments, name, None)
             if other and Path(output).resolve() == Path(other).resolve():
                 raise UserError(f"{output} would replace the file of --{name}; name another file")
+        if (Path(output).resolve().parent / "config.json").is_file():
+            raise UserError(f"{output} lies in the folder of a model; name another folder")
 
 
 def _write(arguments: argparse.Namespace, value: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ differs between two equal runs: same models, seed and cache give the same bytes.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
@@ -98,7 +99,11 @@ class Report:
                 for key in ("scalars", "references")
             )
             for row in values["rows"]:
-                _row_key(row)
+                hash(_row_key(row))
+                for name in summary:
+                    _number(row.get(name))
+            if not all(isinstance(note, str) for note in values["notes"]):
+                raise ValueError("notes are no text")
             if values["task"] not in ("listener", "speaker"):
                 raise ValueError(f"task {values['task']!r}")
             return cls(**values, summary=summary, scalars=scalars, references=references)
@@ -115,11 +120,13 @@ class Report:
         """Return the figures as a markdown table."""
         lines = ["| metric | mean | 95 % interval |", "|---|---|---|"]
         lines += [
-            f"| {name} | {_text(i.value)} | {interval_text(i)} |"
+            f"| {name} | {number_text(i.value)} | {interval_text(i)} |"
             for name, i in self.summary.items()
         ]
-        lines += [f"| {name} | {_text(value)} | |" for name, value in self.scalars.items()]
-        lines += [f"| reference: {name} | {_text(v)} | |" for name, v in self.references.items()]
+        lines += [f"| {name} | {number_text(value)} | |" for name, value in self.scalars.items()]
+        lines += [
+            f"| reference: {name} | {number_text(v)} | |" for name, v in self.references.items()
+        ]
         return "\n".join(lines)
 
 
@@ -251,10 +258,10 @@ def evaluate_speaker(
         positions,
         np.array([float(i.target) for i in items]),
     )
-    imagined: Listener | None = getattr(speaker, "listener", None)
+    imagined = _imagined(speaker)
     models = {
         "speaker": _prints(speaker.models()),
-        "imagined listener": _prints(imagined.models() if imagined else []),
+        "imagined listener": _prints([model for each in imagined for model in each.models()]),
         "judge": _prints(judge.models()),
     }
     return Report(
@@ -273,7 +280,7 @@ def evaluate_speaker(
             "clues in the data, expected_distance": float(human["expected_distance"].mean()),
         },
         rows=rows,
-        notes=_roles(models, same=imagined is not None and imagined.describe() == judge.describe()),
+        notes=_roles(models, same=any(i.describe() == judge.describe() for i in imagined)),
     )
 
 
@@ -331,9 +338,37 @@ def compare(
 
 
 def shared_rows(first: Report, second: Report) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Return the rows that two reports have of the same scale, target and clue, in pairs."""
-    other = {_row_key(row): row for row in second.rows}
-    return [(row, other[_row_key(row)]) for row in first.rows if _row_key(row) in other]
+    """Return the rows that two reports have of the same scale, target and clue, in pairs.
+
+    Where a report has several such rows, the first goes with the first of the other, and so on.
+    """
+    other = _numbered(second)
+    return [(row, other[key]) for key, row in _numbered(first).items() if key in other]
+
+
+def _numbered(report: Report) -> dict[tuple[object, ...], dict[str, Any]]:
+    seen: Counter[tuple[object, ...]] = Counter()
+    found = {}
+    for row in report.rows:
+        key = _row_key(row)
+        found[*key, seen[key]] = row
+        seen[key] += 1
+    return found
+
+
+def different_settings(first: Report, second: Report) -> list[str]:
+    """Return the settings in which two reports differ, such as `listener.step: 5, 1`."""
+    one, other = (_flat(report.settings) for report in (first, second))
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return [f"{name}: {one.get(name, '-')}, {other.get(name, '-')}" for name in names]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, Mapping)
+        found |= _flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found
 
 
 def _judged(
@@ -372,6 +407,16 @@ def _judged(
     }
 
 
+def _imagined(speaker: "Speaker") -> "list[Listener]":
+    """Return the listeners that a speaker imagines, and the speaker it chooses from, and so on."""
+    found: list[Listener] = []
+    current: Any = speaker
+    while getattr(current, "listener", None) is not None:
+        found.append(current.listener)
+        current = getattr(current, "speaker", None)
+    return found
+
+
 def _prints(models: "Sequence[TextModel]") -> list[str]:
     """Return the fingerprints of some models, each once."""
     distinct = {id(model): model for model in models}.values()
@@ -383,11 +428,12 @@ def _roles(models: Mapping[str, list[str]], *, same: bool) -> list[str]:
 
     `same`: judge and imagined listener describe themselves alike.
     """
-    speaking, imagined, judging = (
-        set(models[role]) for role in ("speaker", "imagined listener", "judge")
+    speaking, imagined, judging = (  # a copy under another name is the same model
+        {known.rpartition(":")[2] for known in models[role]}
+        for role in ("speaker", "imagined listener", "judge")
     )
     notes = []
-    if same and imagined == judging:
+    if same and imagined >= judging:
         notes.append(
             "Self-play: the judge is the listener that the speaker imagines, so the speaker is "
             "graded by what it optimises. Use another judge for a claim."
@@ -468,8 +514,9 @@ def interval_text(interval: Interval) -> str:
     """Write the ends of an interval; a dash where one concept pair leaves none."""
     if math.isnan(interval.low):
         return "-"
-    return f"{_text(interval.low)} to {_text(interval.high)}"
+    return f"{number_text(interval.low)} to {number_text(interval.high)}"
 
 
-def _text(value: float) -> str:
+def number_text(value: float) -> str:
+    """Write a figure with three decimals; a dash where there is none."""
     return "-" if math.isnan(value) else f"{value:.3f}".replace("-0.000", "0.000")

@@ -402,6 +402,9 @@ class RSAListener(Listener):
         null: Include the null utterance.
         state_prior: What is expected before any clue, `[n]`. Defaults to uniform.
 
+    The alternatives of a scale are asked for and heard once, and kept: make another for a model
+    whose weights have changed.
+
     Raises:
         UserError: a setting is not accepted.
     """
