@@ -236,12 +236,13 @@ def test_addresses_of_one_server_are_one():
 
 @pytest.mark.parametrize("value", ["[]", "3", "[[3]]", '{"a": 1}'])
 def test_values_of_another_form_are_damage(tmp_path, value):
-    with CachedModel(ScriptedModel(lambda p, *_: p), tmp_path / "c.db") as model:
+    inner = ScriptedModel(lambda p, *_: p, score=lambda *_: -1.0)
+    with CachedModel(inner, tmp_path / "c.db") as model:
         model.sample(["a"])
         model.score_many(["p"], [["x"]])
     with sqlite3.connect(tmp_path / "c.db") as file:
         file.execute("update answers set value = ?", (value,))
-    with CachedModel(ScriptedModel(lambda p, *_: p), tmp_path / "c.db") as model:
+    with CachedModel(inner, tmp_path / "c.db") as model:
         for ask in (lambda: model.sample(["a"]), lambda: model.score_many(["p"], [["x"]])):
             with pytest.raises(UserError, match="is damaged"):
                 ask()

@@ -487,8 +487,8 @@ class TestEval:
         monkeypatch.setattr("tenfold_common.lm.load_text_model", load)
         refused(
             capsys, "eval", "--task=speaker", "--model=http://a", "--model_name=one",
-            "--api_key_env=A", "--judge=http://b", "--judge_backend=server", "--judge_model_name=two",
-            "--judge_api_key_env=B", f"--data={data}", f"--out={tmp_path / 'r.json'}",
+            "--api_key_env=A", "--judge=http://b", "--judge_backend=server",
+            "--judge_model_name=two", "--judge_api_key_env=B", f"--data={data}", f"--out={tmp_path / 'r.json'}",
         )  # fmt: skip
         assert asked == [("http://a", "auto", "one", "A"), ("http://b", "server", "two", "B")]
 
