@@ -488,7 +488,8 @@ class TestEval:
         refused(
             capsys, "eval", "--task=speaker", "--model=http://a", "--model_name=one",
             "--api_key_env=A", "--judge=http://b", "--judge_backend=server",
-            "--judge_model_name=two", "--judge_api_key_env=B", f"--data={data}", f"--out={tmp_path / 'r.json'}",
+            "--judge_model_name=two", "--judge_api_key_env=B", f"--data={data}",
+            f"--out={tmp_path / 'r.json'}",
         )  # fmt: skip
         assert asked == [("http://a", "auto", "one", "A"), ("http://b", "server", "two", "B")]
 
