@@ -1,0 +1,110 @@
+// Threads that wait for work, and the barrier between stages. Whoever waits spins first, then lets
+// others run, then sleeps: spinning alone starves a machine with more threads than cores.
+#pragma once
+#include <atomic>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "simd.hpp"
+
+namespace ff {
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Waits until `value` is no longer `old`; `idle` is called while it spins.
+template <class Idle>
+void await_change(std::atomic<uint32_t>& value, uint32_t old, std::atomic<int>& sleepers, int spins, Idle idle) {
+  for (int i = 0; i < spins; ++i) {
+    if (value.load(std::memory_order_acquire) != old) return;
+    idle();
+    relax();
+  }
+  for (int i = 0; i < 64; ++i) {
+    if (value.load(std::memory_order_acquire) != old) return;
+    std::this_thread::yield();
+  }
+  sleepers.fetch_add(1);
+  while (value.load() == old) value.wait(old);
+  sleepers.fetch_sub(1);
+}
+
+inline void change(std::atomic<uint32_t>& value, std::atomic<int>& sleepers) {
+  value.fetch_add(1);
+  if (sleepers.load()) value.notify_all();
+}
+
+class Barrier {
+ public:
+  template <class Idle>
+  void wait(int threads, Idle idle) {
+    if (threads == 1) return;
+    const uint32_t round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+      arrived_.store(0, std::memory_order_relaxed);
+      change(round_, sleepers_);
+    } else {
+      await_change(round_, round, sleepers_, 2000, idle);
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
+};
+
+class Pool {
+ public:
+  explicit Pool(int threads) {
+    for (int i = 1; i < threads; ++i) threads_.emplace_back([this, i] { work(i); });
+  }
+  ~Pool() {
+    stop_ = true;
+    change(job_number_, sleepers_);
+    for (auto& thread : threads_) thread.join();
+  }
+  int size() const { return int(threads_.size()) + 1; }
+
+  // Calls job(0) here and job(1) to job(threads - 1) in the others; returns when all are done.
+  void run(int threads, const std::function<void(int)>& job) {
+    job_ = &job;
+    wanted_ = threads;
+    running_.store(size() - 1);
+    change(job_number_, sleepers_);
+    job(0);
+    while (running_.load(std::memory_order_acquire)) {
+      for (int i = 0; i < 1000 && running_.load(std::memory_order_acquire); ++i) relax();
+      if (running_.load(std::memory_order_acquire)) std::this_thread::yield();
+    }
+  }
+  Barrier barrier;
+
+ private:
+  void work(int index) {
+    uint32_t seen = 0;
+    for (;;) {
+      await_change(job_number_, seen, sleepers_, 5000, [] {});
+      ++seen;
+      if (stop_) return;
+      if (index < wanted_) (*job_)(index);
+      running_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::vector<std::thread> threads_;
+  const std::function<void(int)>* job_ = nullptr;
+  int wanted_ = 0;
+  std::atomic<bool> stop_{false};
+  alignas(64) std::atomic<uint32_t> job_number_{0};
+  alignas(64) std::atomic<int> sleepers_{0};
+  alignas(64) std::atomic<int> running_{0};
+};
+
+}  // namespace ff

@@ -1,0 +1,364 @@
+"""`FlashModel`: a compiled model that decodes a token, or many, in one call."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashformer.backends.base import Backend
+from flashformer.cache import KVCache
+from flashformer.config import ModelSpec
+from flashformer.plan import Plan
+from flashformer.threads import Threads
+from tenfold_common.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+    from transformers.generation.streamers import BaseStreamer
+
+    from flashformer.roofline import Explanation
+
+BURST = 32  # tokens of one native call: Ctrl-C and streamers wait for no more than these
+FEED = 16  # prompts up to this length are read token by token
+
+
+class FlashModel:
+    """A model ready to decode one sequence. Made by `compile`, `from_pretrained` and `load`.
+
+    Attributes:
+        spec: Its shape.
+        plan: Who does what.
+        backend: What executes the plan.
+        config: Of transformers.
+        generation_config: Defaults of `generate`.
+        weights: Format of the matrices of the layers.
+        head: Format of the head.
+        max_len: The longest sequence, prompt and answer together.
+        source: The transformers model it was compiled from, which reads long prompts; or None.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        config: "PretrainedConfig",
+        generation_config: "GenerationConfig",
+        weights: str,
+        head: str,
+        max_len: int,
+        source: "PreTrainedModel | None" = None,
+        rebuild: "Callable[[], Backend] | None" = None,
+    ) -> None:
+        self.backend = backend
+        self.plan: Plan = backend.plan
+        self.spec: ModelSpec = backend.plan.spec
+        self.config, self.generation_config = config, generation_config
+        self.weights, self.head, self.max_len = weights, head, max_len
+        self.source = source
+        self._rebuild = rebuild
+        self._versions = _versions(source)
+        self._threads = Threads(self.plan.workers)
+
+    def __repr__(self) -> str:
+        return (
+            f"FlashModel({self.spec.model_type}, {self.spec.layers} layers, "
+            f"weights={self.weights!r}, head={self.head!r}, max_len={self.max_len}, "
+            f"backend={self.backend.name!r})"
+        )
+
+    @property
+    def device(self) -> Any:
+        """Where tokens and logits are."""
+        return self.backend.device
+
+    @property
+    def dtype(self) -> Any:
+        """Of logits."""
+        import torch
+
+        return torch.float32
+
+    @property
+    def threads(self) -> int | None:
+        """How many threads take part in a call; None, the default, finds out while running.
+
+        Results do not depend on it.
+        """
+        return self._threads.fixed
+
+    @threads.setter
+    def threads(self, value: int | None) -> None:
+        if value is not None and not (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and 1 <= value <= self.plan.workers
+        ):
+            raise UserError(
+                f"threads must be None or a whole number from 1 to {self.plan.workers}, the "
+                f"workers of the plan, not {value!r}; compile with more threads"
+            )
+        self._threads.fixed = value
+
+    def new_cache(self, max_len: int | None = None) -> KVCache:
+        """Return an empty cache, with room for `max_len` positions of this model's."""
+        room = self.max_len if max_len is None else max_len
+        if isinstance(room, int) and room > self.max_len:
+            raise UserError(f"max_len is {room}, but the model was compiled for {self.max_len}")
+        return KVCache(self.spec, room, format=self.backend.cache_format)
+
+    # ----------------------------------------------------------------------------------------------
+    # Low level
+
+    def step(self, token: "int | Tensor", cache: KVCache) -> "tuple[Tensor, KVCache]":
+        """Read one token and return the logits of the next, `[V]` float32, and the cache.
+
+        Raises:
+            UserError: the token is out of range, or the cache is full or of another model.
+        """
+        return self.feed([int(token)], cache), cache
+
+    def feed(
+        self, tokens: "Sequence[int] | Tensor", cache: KVCache, *, every: bool = False
+    ) -> "Tensor":
+        """Read tokens.
+
+        Args:
+            tokens: n >= 1 of them.
+            cache: Its length grows by n.
+            every: Whether the logits after each token are wanted.
+
+        Returns:
+            Logits `[V]` after the last token, or `[n, V]`, float32.
+
+        Raises:
+            UserError: as in `step`.
+        """
+        logits, _ = self._decode(self._checked(tokens), cache, 0, every=every)
+        return logits
+
+    def decode(
+        self,
+        cache: KVCache,
+        token: "int | Tensor",
+        *,
+        steps: int,
+        temperature: float | None = None,
+        seed: int = 0,
+        ends: Sequence[int] = (),
+    ) -> "Tensor":
+        """Read a token, choose the next, read it, and so on: `steps` tokens in one native call.
+
+        Args:
+            cache: Its length grows by the number of tokens read.
+            token: The last token, not yet in the cache.
+            steps: How many to choose, at least 1.
+            temperature: None takes the most likely token (the lowest number among equals); else
+                tokens are drawn from softmax(logits / temperature) by adding Gumbel noise.
+            seed: Of the draws: token n of a sequence depends on the seed and its position alone.
+            ends: Tokens after which to stop.
+
+        Returns:
+            The tokens chosen, `[<= steps]` int64. The last one is not in the cache.
+
+        Raises:
+            UserError: as in `step`, or `steps` or `temperature` is out of range.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise UserError(f"steps must be a whole number of at least 1, not {steps!r}")
+        if temperature is not None and not 0 < temperature < float("inf"):
+            raise UserError(f"temperature must be a finite number above 0, not {temperature!r}")
+        given = self._checked([int(token)])
+        _, chosen = self._decode(given, cache, steps, temperature=temperature, seed=seed, ends=ends)
+        return chosen
+
+    def _decode(
+        self, given: "Tensor", cache: KVCache, new: int, *, every: bool = False, **sampling: Any
+    ) -> "tuple[Tensor, Tensor]":
+        import torch
+
+        self._check_cache(cache)
+        steps = len(given) + max(new - 1, 0)
+        cache.check_room(steps)
+        shape = (steps, self.spec.vocab) if every else (self.spec.vocab,)
+        logits = torch.empty(shape, dtype=torch.float32, device=self.device)
+        with self._threads.measured(steps) as threads:
+            chosen = self.backend.decode(
+                cache.keys, cache.values, given, position=cache.length, new=new, logits=logits,
+                threads=threads, **sampling,
+            )  # fmt: skip
+        cache.length += len(given) + max(len(chosen) - 1, 0)
+        return logits, chosen
+
+    def _checked(self, tokens: "Sequence[int] | Tensor") -> "Tensor":
+        import torch
+
+        found = torch.as_tensor(tokens)
+        if found.ndim != 1 or not len(found):
+            raise UserError(
+                f"tokens must be a list of at least one, not of shape {list(found.shape)}"
+            )
+        if found.is_floating_point() or found.dtype == torch.bool:
+            raise UserError(f"tokens must be whole numbers, not {found.dtype}")
+        wrong = found[(found < 0) | (found >= self.spec.vocab)]
+        if len(wrong):
+            raise UserError(
+                f"token {int(wrong[0])} is out of range: the model has the tokens 0 to "
+                f"{self.spec.vocab - 1}"
+            )
+        return found.to(self.device, torch.int64).contiguous()
+
+    def _check_cache(self, cache: KVCache) -> None:
+        if cache.spec != self.spec or cache.format != self.backend.cache_format:
+            raise UserError(
+                "this cache is of another model or format; make one with new_cache(), or with "
+                f"KVCache.from_transformers(..., format={self.backend.cache_format!r})"
+            )
+        if cache.max_len > self.max_len:
+            raise UserError(
+                f"this cache has room for {cache.max_len} positions, but the model was compiled "
+                f"for {self.max_len}"
+            )
+
+    # ----------------------------------------------------------------------------------------------
+    # Generation
+
+    def generate(
+        self,
+        input_ids: "Tensor | None" = None,
+        generation_config: "GenerationConfig | None" = None,
+        logits_processor: "Any | None" = None,
+        stopping_criteria: "Any | None" = None,
+        streamer: "BaseStreamer | None" = None,
+        *,
+        attention_mask: "Tensor | None" = None,
+        past_key_values: KVCache | None = None,
+        seed: int | None = None,
+        **named: Any,
+    ) -> "Tensor | Any":
+        """Generate as `transformers` models do, for one sequence.
+
+        Greedy decoding and sampling by temperature alone run in native calls of many tokens.
+        Everything else (other processors, stopping criteria, scores asked for) goes through
+        transformers' own loop, one native call a token, with the same meaning as there.
+
+        Args:
+            input_ids: `[1, n]` int64, n >= 1.
+            generation_config: Defaults to that of the model.
+            logits_processor: A `LogitsProcessorList`.
+            stopping_criteria: A `StoppingCriteriaList`.
+            streamer: Gets the prompt and then the tokens as they come.
+            attention_mask: `[1, n]`, all ones.
+            past_key_values: A cache whose positions are the first of `input_ids`; it is updated.
+            seed: Of the draws. Defaults to one drawn from torch's generator.
+            **named: Fields of `GenerationConfig`, such as `max_new_tokens`, `do_sample`, `top_p`.
+
+        Returns:
+            `[1, n + new]` int64, or what transformers returns with `return_dict_in_generate`.
+
+        Raises:
+            UserError: a batch, padding, a prompt that does not fit, a generation mode other than
+                greedy and sampling, or weights that changed since compiling; the message says what
+                to do.
+        """
+        from flashformer.generation import generate
+
+        self.check_fresh()
+        return generate(
+            self, input_ids, generation_config, logits_processor, stopping_criteria, streamer,
+            attention_mask=attention_mask, cache=past_key_values, seed=seed, named=named,
+        )  # fmt: skip
+
+    __call__ = generate
+
+    def prefill(self, tokens: "Tensor", cache: KVCache) -> "Tensor":
+        """Read a prompt into a cache and return the logits after its last token, `[V]` float32.
+
+        Long prompts are read by the transformers model the model was compiled from, in one pass
+        with its own weights; short ones, and all of a model that was loaded, token by token.
+        """
+        import torch
+
+        tokens = self._checked(tokens)
+        cache.check_room(len(tokens))
+        if self.source is None or cache.length or len(tokens) <= FEED:
+            return self.feed(tokens, cache)
+        from transformers import DynamicCache
+
+        with torch.inference_mode():
+            out: Any = self.source(
+                tokens[None].to(self.source.device),
+                past_key_values=DynamicCache(),  # without a config: no layer slides
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        for number, layer in enumerate(out.past_key_values.layers):
+            cache.put(number, layer.keys[0].to(self.device), layer.values[0].to(self.device))
+        cache.length = len(tokens)
+        return out.logits[0, -1].float().to(self.device)
+
+    # ----------------------------------------------------------------------------------------------
+    # Weights
+
+    def check_fresh(self) -> None:
+        """Refuse to go on with weights that are no longer those of the source.
+
+        Raises:
+            UserError: they changed.
+        """
+        if _versions(self.source) != self._versions:
+            raise UserError(
+                "the weights of the transformers model changed since it was compiled; call "
+                "refresh() to pack them anew"
+            )
+
+    def refresh(self) -> None:
+        """Pack the weights of the transformers model anew, after they changed.
+
+        Raises:
+            UserError: the model was loaded from a folder and has no transformers model.
+        """
+        if self._rebuild is None:
+            raise UserError("this model was loaded and has no transformers model to refresh from")
+        self.backend = self._rebuild()
+        self._versions = _versions(self.source)
+
+    def save(self, folder: "str | Path", *, overwrite: bool = False, tokenizer: Any = None) -> None:
+        """Write the packed weights and the plan's settings into a folder that `load` reads.
+
+        Args:
+            folder: A new or empty one.
+            overwrite: Replace a compiled model that is there.
+            tokenizer: Of transformers; saved beside it.
+
+        Raises:
+            UserError: the folder is not empty and `overwrite` is not set, or it holds other files.
+        """
+        from flashformer.files import save
+
+        save(self, Path(folder), overwrite=overwrite, tokenizer=tokenizer)
+
+    def explain(self, *, gpu: str | None = None, position: int = 0) -> "Explanation":
+        """Return what a token costs, stage by stage; see `flashformer.explain`."""
+        from flashformer.roofline import explain
+
+        return explain(
+            self.spec, weights=self.weights, head=self.head, group=self.backend.group, gpu=gpu,
+            workers=None if gpu else self.plan.workers, position=position,
+        )  # fmt: skip
+
+
+def _versions(source: "PreTrainedModel | None") -> int:
+    """Return a number that grows when a weight is changed in place or replaced."""
+    if source is None:
+        return 0
+    return hash(tuple((p.data_ptr(), p._version) for p in source.parameters()))
+
+
+def warn_training(model: "PreTrainedModel") -> None:
+    """Warn about a model in training mode: dropout is not compiled."""
+    if model.training:
+        warnings.warn(
+            "the model is in training mode; compiled models have no dropout. Call model.eval()",
+            stacklevel=4,
+        )
