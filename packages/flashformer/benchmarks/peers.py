@@ -83,7 +83,9 @@ def ours_dequantised(network: Any, model: FlashModel) -> Any:
         keys = spec.kv_heads * spec.head_dim
         rows = [spec.heads * spec.head_dim, keys, keys]
         parts = found["qkv"][: sum(rows)].split(rows)
-        for one, part in zip((attention.q_proj, attention.k_proj, attention.v_proj), parts):
+        for one, part in zip(
+            (attention.q_proj, attention.k_proj, attention.v_proj), parts, strict=True
+        ):
             one.weight.copy_(part)
         both = torch.empty(2 * spec.intermediate, spec.hidden)
         both[order[there]] = found["up"][: len(order)][there]

@@ -27,9 +27,12 @@ class KVCache:
         spec: The model.
         max_len: Positions there is room for, at least 1.
         format: "fp32" or "bf16".
+        device: Where its tensors are: that of the model's back-end.
     """
 
-    def __init__(self, spec: ModelSpec, max_len: int, *, format: str = "bf16") -> None:
+    def __init__(
+        self, spec: ModelSpec, max_len: int, *, format: str = "bf16", device: Any = "cpu"
+    ) -> None:
         import torch
 
         if isinstance(max_len, bool) or not isinstance(max_len, int) or max_len < 1:
@@ -41,8 +44,9 @@ class KVCache:
         room, width = _padded(max_len), _padded(spec.head_dim)
         kind = torch.float32 if format == "fp32" else torch.bfloat16
         keys, values = (spec.kv_heads, room // LANES, width, LANES), (spec.kv_heads, room, width)
-        self.keys = [torch.zeros(keys, dtype=kind) for _ in range(spec.layers)]
-        self.values = [torch.zeros(values, dtype=kind) for _ in range(spec.layers)]
+        self.device = torch.device(device)
+        self.keys = [torch.zeros(keys, dtype=kind, device=device) for _ in range(spec.layers)]
+        self.values = [torch.zeros(values, dtype=kind, device=device) for _ in range(spec.layers)]
 
     def __len__(self) -> int:
         return self.length
@@ -81,7 +85,7 @@ class KVCache:
 
     def copy(self) -> "KVCache":
         """Return a copy with memory of its own."""
-        other = KVCache(self.spec, self.max_len, format=self.format)
+        other = KVCache(self.spec, self.max_len, format=self.format, device=self.device)
         other.length = self.length
         for mine, theirs in zip(
             (*self.keys, *self.values), (*other.keys, *other.values), strict=True
@@ -107,7 +111,13 @@ class KVCache:
 
     @classmethod
     def from_transformers(
-        cls, cache: "Cache", spec: ModelSpec, max_len: int, *, format: str = "bf16"
+        cls,
+        cache: "Cache",
+        spec: ModelSpec,
+        max_len: int,
+        *,
+        format: str = "bf16",
+        device: Any = "cpu",
     ) -> "KVCache":
         """Copy a cache of transformers (dynamic or static) of one sequence.
 
@@ -116,12 +126,13 @@ class KVCache:
             spec: The model.
             max_len: Positions of the new cache.
             format: Of the new cache.
+            device: Of the new cache.
 
         Raises:
             UserError: the shapes are not those of this model, the batch is not 1, or it is longer
                 than `max_len`.
         """
-        found = cls(spec, max_len, format=format)
+        found = cls(spec, max_len, format=format, device=device)
         length = int(cache.get_seq_length())
         layers: Any = cache.layers
         if len(layers) != spec.layers:

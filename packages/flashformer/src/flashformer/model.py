@@ -105,7 +105,9 @@ class FlashModel:
         room = self.max_len if max_len is None else max_len
         if isinstance(room, int) and room > self.max_len:
             raise UserError(f"max_len is {room}, but the model was compiled for {self.max_len}")
-        return KVCache(self.spec, room, format=self.backend.cache_format)
+        return KVCache(
+            self.spec, room, format=self.backend.cache_format, device=self.backend.device
+        )
 
     # ----------------------------------------------------------------------------------------------
     # Low level

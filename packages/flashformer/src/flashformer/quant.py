@@ -23,7 +23,7 @@ class Matrix:
 
     Attributes:
         format: One of `FORMATS`.
-        values: `[N, K]`: float32, bfloat16, int8 in -127..127, or uint8 in 0..15.
+        values: `[N, K]`: float32, bfloat16, int8, or uint8 in 0..15.
         scale: int8: `[N]` float32. int4: `[N, K / group]` float16. Else None.
         zero: int4 with zero points: `[N, K / group]` uint8 in 0..15; None means 8 throughout.
         group: int4: neighbours along K that share a scale; else 0.
@@ -153,8 +153,8 @@ def _symmetric(grouped: "Tensor") -> "tuple[Tensor, Tensor, None]":
     import torch
 
     largest = grouped.gather(2, grouped.abs().argmax(2, keepdim=True))  # [N, groups, 1], signed
-    best = torch.full(grouped.shape[:2], torch.inf)
-    scale = torch.zeros(grouped.shape[:2], dtype=torch.float16)
+    best = torch.full(grouped.shape[:2], torch.inf, device=grouped.device)
+    scale = torch.zeros_like(best, dtype=torch.float16)
     for step in range(_SHRINK):
         tried = (largest / (-8.0 + 2.0 * step / _SHRINK)).half()
         q = _rounded(grouped, tried)
