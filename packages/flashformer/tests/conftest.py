@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -219,9 +219,3 @@ class Kit:
 def kit() -> type[Kit]:
     """Tiny models, their logits, their weights."""
     return Kit
-
-
-@pytest.fixture(scope="session")
-def kinds() -> Callable[[], list[str]]:
-    """Names of all kinds of models."""
-    return lambda: list(KINDS)

@@ -82,7 +82,7 @@ def test_the_search_is_never_worse_than_the_plain_scales(group):
         q = (grouped / torch.where(step != 0, step, 1.0)).round().clamp(-8, 7)
         base = (q * step - grouped).square().sum(2)
         assert (error <= base * (1 + 1e-5) + 1e-20).all()
-        assert error.sum() < 0.99 * base.sum()
+        assert error.sum() < 0.999 * base.sum()
 
 
 @pytest.mark.parametrize(

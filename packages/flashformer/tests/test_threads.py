@@ -1,5 +1,7 @@
 """How many threads take part is found out while running, and changes nothing but the time."""
 
+import itertools
+
 import pytest
 
 import flashformer as ff
@@ -27,9 +29,13 @@ def run(threads, clock, seconds, tokens, calls):
     """Decode some tokens in calls; `seconds` are those of a token by number of threads."""
     used = []
     for _ in range(calls):
-        with threads.measured(tokens) as chosen:
-            used.append(chosen)
-            clock.now += seconds[chosen] * tokens
+        left = tokens
+        while left:
+            new = min(left, threads.most or left)
+            with threads.measured(new) as chosen:
+                used += [chosen] * new
+                clock.now += seconds[chosen] * new
+            left -= new
     return used
 
 
@@ -38,27 +44,35 @@ def run(threads, clock, seconds, tokens, calls):
 def test_the_faster_number_is_used(clock, best, tokens):
     threads = Threads(4)
     seconds = {1: 1.0, 4: 1.0, best: 0.5}
-    trial = 2 * (-(-TRIAL // tokens))
-    run(threads, clock, seconds, tokens, trial)
-    calls = (PERIOD - 5 * TRIAL) // tokens
-    assert set(run(threads, clock, seconds, tokens, calls)) == {best}
+    used = run(threads, clock, seconds, tokens, PERIOD // tokens)
+    assert set(used[2 * TRIAL + 1 :]) == {best}
+    assert set(used[: 2 * TRIAL + 1]) == {1, 4}
 
 
-def test_both_are_tried_first_and_the_other_again_after_a_while(clock):
+def test_the_first_call_is_not_counted(clock):
+    """It makes buffers and touches all of the weights for the first time."""
     threads = Threads(2)
-    used = run(threads, clock, {1: 1.0, 2: 0.5}, 1, 2 * TRIAL)
-    assert used == [2] * TRIAL + [1] * TRIAL
-    later = run(threads, clock, {1: 1.0, 2: 0.5}, 1, 2 * PERIOD)
-    assert later.count(1) in range(TRIAL, 3 * TRIAL + 1)
-    assert set(later[: PERIOD - TRIAL]) == {2}
+    with threads.measured(1):
+        clock.now += 100.0
+    assert set(run(threads, clock, {1: 1.0, 2: 0.5}, 1, 100)[2 * TRIAL :]) == {2}
+
+
+def test_trials_are_short_and_become_rare_for_who_loses(clock):
+    threads = Threads(2)
+    used = run(threads, clock, {1: 1.0, 2: 50.0}, 32, 64 * PERIOD // 32)
+    trials = [i for i, n in enumerate(used) if n == 2 and used[i - 1] == 1]
+    assert used.count(2) <= 1 + TRIAL * (len(trials) + 1)
+    gaps = [b - a for a, b in itertools.pairwise(trials)]
+    assert len(gaps) >= 3
+    assert all(1.8 * a < b < 2.2 * a for a, b in itertools.pairwise(gaps))
 
 
 def test_it_changes_its_mind_when_the_machine_does(clock):
     threads = Threads(2)
     run(threads, clock, {1: 1.0, 2: 0.5}, 1, PERIOD)
-    late = run(threads, clock, {1: 1.0, 2: 9.0}, 1, 2 * PERIOD)
+    late = run(threads, clock, {1: 1.0, 2: 9.0}, 1, 4 * PERIOD)
     assert late[-1] == 1
-    again = run(threads, clock, {1: 1.0, 2: 0.5}, 1, 3 * PERIOD)
+    again = run(threads, clock, {1: 1.0, 2: 0.5}, 1, 8 * PERIOD)
     assert again[-1] == 2
 
 
@@ -85,7 +99,7 @@ def test_a_model_uses_both_and_says_the_same(kit):
     alone = ff.compile(kit.model(), threads=1, max_len=400, backend="cpu")
     caches = model.new_cache(), alone.new_cache()
     token = 5
-    for _ in range(4 * TRIAL):
+    for _ in range(16 * TRIAL):
         ours, theirs = (
             m.decode(c, token, steps=3).tolist()
             for m, c in zip((model, alone), caches, strict=True)

@@ -170,9 +170,21 @@ class FlashModel:
             raise UserError(f"steps must be a whole number of at least 1, not {steps!r}")
         if temperature is not None and not 0 < temperature < float("inf"):
             raise UserError(f"temperature must be a finite number above 0, not {temperature!r}")
+        import torch
+
         given = self._checked([int(token)])
-        _, chosen = self._decode(given, cache, steps, temperature=temperature, seed=seed, ends=ends)
-        return chosen
+        self._check_cache(cache)
+        cache.check_room(steps)
+        parts: list[Tensor] = []
+        while steps:
+            new = min(steps, self._threads.most or steps)
+            _, chosen = self._decode(
+                given, cache, new, temperature=temperature, seed=seed, ends=ends
+            )
+            parts.append(chosen)
+            given = chosen[-1:]
+            steps = 0 if len(chosen) < new or int(given) in ends else steps - new
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode(
         self, given: "Tensor", cache: KVCache, new: int, *, every: bool = False, **sampling: Any

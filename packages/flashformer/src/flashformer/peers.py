@@ -70,6 +70,7 @@ class Runner:
         import torch
 
         self.rewind(0)
+        found = None
         for token in tokens:
             found = self.step(token)
         return torch.as_tensor(found).float().clone()

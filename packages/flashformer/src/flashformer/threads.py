@@ -1,16 +1,18 @@
 """How many threads take part: chosen while running, as the results do not depend on it.
 
 Two threads that wait for each other are slower than one where a core is busy with something else,
-or where the model is so small that waiting costs more than reading. So both are timed, again and
-again, and the faster one is used.
+or where the model is so small that waiting costs more than reading. So both are timed, the faster
+one is used, and the other is tried again after a while: the longer after, the more often it lost.
 """
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from statistics import median
 
-TRIAL = 16  # tokens after which a number of threads has been tried
-PERIOD = 512  # tokens after which the others are tried again
+TRIAL = 7  # tokens of a trial, each timed by itself; their median counts
+PERIOD = 256  # tokens until the first repetition of a trial; doubled with each that is lost
+LONGEST = 2**16
 
 
 class Threads:
@@ -26,9 +28,21 @@ class Threads:
     def __init__(self, most: int) -> None:
         self.fixed: int | None = None
         self._choices = sorted({1, most}, reverse=True)
-        self._seconds: dict[int, float] = {}
-        self._trying = self._choices[0]
-        self._trial, self._tokens = True, 0
+        self._seconds: dict[int, float] = {}  # of a token, by number of threads
+        self._best = self._trying = self._choices[0]
+        self._cold = True  # the very first call makes buffers and touches all memory
+        self._sample: list[float] = []
+        self._left, self._wait = TRIAL, PERIOD  # tokens to the end of the trial or of the wait
+
+    @property
+    def most(self) -> int | None:
+        """Tokens that the next call should have at most: one in a trial, which stays short."""
+        trial = self.fixed is None and len(self._choices) > 1 and self._trial
+        return 1 if trial else None
+
+    @property
+    def _trial(self) -> bool:
+        return len(self._seconds) < len(self._choices) or self._trying != self._best
 
     @contextmanager
     def measured(self, tokens: int) -> Iterator[int]:
@@ -36,25 +50,28 @@ class Threads:
         if self.fixed is not None or len(self._choices) == 1:
             yield self.fixed or self._choices[0]
             return
-        threads = self._trying
         start = time.perf_counter()
-        yield threads
+        yield self._trying
         spent = (time.perf_counter() - start) / tokens
-        self._note(threads, spent, tokens)
-
-    def _note(self, threads: int, spent: float, tokens: int) -> None:
-        known = self._seconds.get(threads)
-        self._seconds[threads] = spent if known is None else min(spent, 1.1 * known)
-        self._tokens += tokens
-        if self._trial and self._tokens < TRIAL:
+        if self._cold:
+            self._cold = False
             return
-        best = min(self._seconds, key=self._seconds.__getitem__)
+        self._sample.append(spent)
+        self._left -= tokens
+        if self._left <= 0:
+            self._decide()
+
+    def _decide(self) -> None:
+        self._seconds[self._trying] = median(self._sample[-64:])
+        self._sample = []
         untried = [n for n in self._choices if n not in self._seconds]
         if untried:
-            self._trying, self._tokens = untried[0], 0
-        elif not self._trial and self._tokens >= PERIOD:
-            self._seconds = {best: self._seconds[best]}
-            self._trying = next(n for n in self._choices if n != best)
-            self._trial, self._tokens = True, 0
+            self._trying, self._left = untried[0], TRIAL
+        elif not self._trial:
+            self._trying = next(n for n in self._choices if n != self._best)
+            self._left = TRIAL
         else:
-            self._trial, self._trying = False, best
+            winner = min(self._seconds, key=self._seconds.__getitem__)
+            self._wait = PERIOD if winner != self._best else min(2 * self._wait, LONGEST)
+            self._best = self._trying = winner
+            self._left = self._wait
