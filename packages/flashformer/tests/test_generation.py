@@ -1,6 +1,7 @@
 """`generate` says what transformers says, natively or through its processors."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ class After(StoppingCriteria):
     def __init__(self, length):
         self.length = length
 
-    def __call__(self, input_ids, scores, **_):
+    def __call__(self, input_ids, scores, **_) -> Any:
         return torch.full((1,), input_ids.shape[1] >= self.length)
 
 
@@ -161,7 +162,7 @@ def test_stopping_criteria(pair, prompt, through):
 class Favour(LogitsProcessor):
     """Adds to the logits of one token."""
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids, scores) -> Any:
         scores = scores.clone()
         scores[:, input_ids.shape[1] % 97] += 30.0
         return scores

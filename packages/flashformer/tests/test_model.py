@@ -18,7 +18,7 @@ def compiled(kit):
 
 def test_step_feed_and_decode_fit_together(compiled, kit):
     tokens = kit.tokens(6)
-    cache = compiled.new_cache()
+    cache, logits = compiled.new_cache(), torch.empty(0)
     for token in tokens:
         logits, same = compiled.step(token, cache)
         assert same is cache

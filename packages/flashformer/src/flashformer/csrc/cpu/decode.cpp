@@ -112,10 +112,7 @@ struct Decoder {
     const int64_t owned = p ? int64_t(next.first[thread + 1] - next.first[thread]) * next.tile_bytes : 0;
     const uint8_t* end = p + std::min<int64_t>(owned, 128 * 1024);
     barrier.wait(threads, [&] {
-      if (p < end) {
-        prefetch(p);
-        p += 64;
-      }
+      for (int i = 0; i < 4 && p < end; ++i, p += 64) prefetch(p);
     });
   }
 

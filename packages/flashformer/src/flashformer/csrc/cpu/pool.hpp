@@ -18,6 +18,10 @@ inline void relax() {
 #endif
 }
 
+// A stage's imbalance is a few microseconds. Who spins much longer than that on a machine with more
+// threads than cores keeps the one it waits for from running.
+constexpr int SPINS = 300, YIELDS = 300;
+
 // Waits until `value` is no longer `old`; `idle` is called while it spins.
 template <class Idle>
 void await_change(std::atomic<uint32_t>& value, uint32_t old, std::atomic<int>& sleepers, int spins, Idle idle) {
@@ -26,7 +30,7 @@ void await_change(std::atomic<uint32_t>& value, uint32_t old, std::atomic<int>& 
     idle();
     relax();
   }
-  for (int i = 0; i < 64; ++i) {
+  for (int i = 0; i < YIELDS; ++i) {
     if (value.load(std::memory_order_acquire) != old) return;
     std::this_thread::yield();
   }
@@ -50,7 +54,7 @@ class Barrier {
       arrived_.store(0, std::memory_order_relaxed);
       change(round_, sleepers_);
     } else {
-      await_change(round_, round, sleepers_, 2000, idle);
+      await_change(round_, round, sleepers_, SPINS, idle);
     }
   }
 
@@ -80,7 +84,7 @@ class Pool {
     change(job_number_, sleepers_);
     job(0);
     while (running_.load(std::memory_order_acquire)) {
-      for (int i = 0; i < 1000 && running_.load(std::memory_order_acquire); ++i) relax();
+      for (int i = 0; i < SPINS && running_.load(std::memory_order_acquire); ++i) relax();
       if (running_.load(std::memory_order_acquire)) std::this_thread::yield();
     }
   }
@@ -90,7 +94,7 @@ class Pool {
   void work(int index) {
     uint32_t seen = 0;
     for (;;) {
-      await_change(job_number_, seen, sleepers_, 5000, [] {});
+      await_change(job_number_, seen, sleepers_, SPINS, [] {});
       ++seen;
       if (stop_) return;
       if (index < wanted_) (*job_)(index);
