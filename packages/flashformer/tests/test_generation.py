@@ -18,6 +18,7 @@ from transformers import (
 import flashformer as ff
 from flashformer import generation
 from tenfold_common import UserError
+from tenfold_common.tiny import byte_tokenizer, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -412,3 +413,18 @@ def test_every_backend_generates_the_same(kit, prompt):
     for named in ({}, {"do_sample": True, "top_k": 0, "seed": 1}, {"no_repeat_ngram_size": 2}):
         a, b = (m.generate(prompt, max_new_tokens=20, **named) for m in compiled)
         assert torch.equal(a, b)
+
+
+def test_stop_strings_need_a_tokenizer_and_end_the_text():
+    tokenizer = byte_tokenizer()
+    source = tiny_llama(len(tokenizer), max_position_embeddings=128)
+    fast = ff.compile(source, backend="cpu")
+    ids = tokenizer("abc", return_tensors="pt").input_ids
+    free = fast.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=[])
+    texts = [tokenizer.decode(token) for token in free[0, 10:, None]]
+    stop = next(text for text in texts if text.isascii() and text.isprintable())
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": [], "pad_token_id": 0}
+    found = fast.generate(ids, stop_strings=[stop], tokenizer=tokenizer, **options)
+    theirs = source.generate(ids, stop_strings=[stop], tokenizer=tokenizer, **options)
+    assert torch.equal(found, theirs)
+    assert found.shape[1] < free.shape[1]

@@ -73,6 +73,7 @@ def generate(
 ) -> Any:
     """Do what `FlashModel.generate` says."""
     ids = _checked(model, input_ids, attention_mask)
+    tokenizer = named.pop("tokenizer", None)
     config = _config(model, generation_config, named)
     _check_sampling(config, seed)
     length = ids.shape[1]
@@ -92,8 +93,9 @@ def generate(
     cache.check_room(length + new - cache.length - 1)
     if logits_processor or stopping_criteria or not _native(config):
         return _by_transformers(
-            model, ids, config, logits_processor, stopping_criteria, streamer, cache, seed
-        )
+            model, ids, config, logits_processor, stopping_criteria, streamer, cache, seed,
+            tokenizer,
+        )  # fmt: skip
     return _natively(model, ids, config, streamer, cache, seed, new)
 
 
@@ -149,6 +151,7 @@ def _by_transformers(
     streamer: Any,
     cache: KVCache,
     seed: int | None,
+    tokenizer: Any,
 ) -> Any:
     import torch
 
@@ -164,6 +167,7 @@ def _by_transformers(
             stopping_criteria=stopping_criteria,
             streamer=streamer,
             attention_mask=torch.ones_like(ids),
+            tokenizer=tokenizer,  # for stop_strings
         )
 
 

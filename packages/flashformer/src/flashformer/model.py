@@ -265,7 +265,8 @@ class FlashModel:
             attention_mask: `[1, n]`, all ones.
             past_key_values: A cache whose positions are the first of `input_ids`; it is updated.
             seed: Of the draws. Defaults to one drawn from torch's generator.
-            **named: Fields of `GenerationConfig`, such as `max_new_tokens`, `do_sample`, `top_p`.
+            **named: Fields of `GenerationConfig`, such as `max_new_tokens`, `do_sample`, `top_p`;
+                `tokenizer`, where `stop_strings` are given.
 
         Returns:
             `[1, n + new]` int64, or what transformers returns with `return_dict_in_generate`.

@@ -112,7 +112,7 @@ def read_weights(
         return found
 
     def vector(name: str, size: int, *, wanted: bool = True) -> "Tensor | None":
-        return tensor(name, size).float().contiguous() if wanted else None
+        return tensor(name, size).to(torch.float32, copy=True) if wanted else None
 
     def matrix(name: str, rows: int, k: int, kind: str) -> Matrix:
         found = ready(name)
@@ -143,7 +143,7 @@ def read_weights(
         output = {"o_proj": spec.hidden}
         down = {"down_proj": spec.hidden}
         norm1, norm2 = (
-            tensor(f"{layer}.{name}_layernorm.weight", spec.hidden).float().contiguous()
+            tensor(f"{layer}.{name}_layernorm.weight", spec.hidden).to(torch.float32, copy=True)
             for name in ("input", "post_attention")
         )
         layers.append(
@@ -163,10 +163,10 @@ def read_weights(
             )
         )
     embedding = tensor("model.embed_tokens.weight", spec.vocab, spec.hidden)
-    if embedding.dtype != torch.bfloat16 or format == "fp32":
-        embedding = embedding.float()
+    wide = embedding.dtype != torch.bfloat16 or format == "fp32"
+    embedding = embedding.to(torch.float32 if wide else torch.bfloat16, copy=True)
     source = "model.embed_tokens" if spec.tied else "lm_head"
-    norm = tensor("model.norm.weight", spec.hidden).float().contiguous()
+    norm = tensor("model.norm.weight", spec.hidden).to(torch.float32, copy=True)
     return ModelWeights(
         layers=tuple(layers),
         norm=norm,
