@@ -76,6 +76,14 @@ def test_it_changes_its_mind_when_the_machine_does(clock):
     assert again[-1] == 2
 
 
+def test_a_machine_that_becomes_busy_is_noticed_at_once(clock):
+    threads = Threads(2)
+    run(threads, clock, {1: 1.0, 2: 0.5}, 8, PERIOD // 8)
+    busy = run(threads, clock, {1: 2.5, 2: 40.0}, 8, 8)
+    assert busy.count(2) <= 8 + 1
+    assert busy[-1] == 1
+
+
 def test_one_worker_has_no_choice(clock):
     assert set(run(Threads(1), clock, {1: 1.0}, 1, 50)) == {1}
 

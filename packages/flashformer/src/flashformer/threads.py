@@ -2,7 +2,8 @@
 
 Two threads that wait for each other are slower than one where a core is busy with something else,
 or where the model is so small that waiting costs more than reading. So both are timed, the faster
-one is used, and the other is tried again after a while: the longer after, the more often it lost.
+one is used, and the other is tried again after a while, the longer after, the more often it lost;
+and at once where a call takes much longer than it did.
 """
 
 import time
@@ -13,6 +14,7 @@ from statistics import median
 TRIAL = 7  # tokens of a trial, each timed by itself; their median counts
 PERIOD = 256  # tokens until the first repetition of a trial; doubled with each that is lost
 LONGEST = 2**16
+SLOWED = 2.0  # times as slow as it was: the other is tried at once
 
 
 class Threads:
@@ -58,7 +60,8 @@ class Threads:
             return
         self._sample.append(spent)
         self._left -= tokens
-        if self._left <= 0:
+        slowed = not self._trial and spent > SLOWED * self._seconds[self._best]
+        if self._left <= 0 or slowed:  # the machine has become busy: who knows what is best now
             self._decide()
 
     def _decide(self) -> None:
