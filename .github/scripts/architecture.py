@@ -273,7 +273,8 @@ def requirements(root: Path) -> list[str]:
                 found.append(f"{where}: on the public index that is another project")
             elif name in names - {house.COMMON} and not own:
                 found.append(f"{where}: packages do not depend on each other")
-            if re.search(r"(?<![<>!~=])={2,3}(?!=)", text) or "@" in text:
+            version = text.partition(";")[0]  # what follows says where it is required
+            if re.search(r"(?<![<>!~=])={2,3}(?!=)", version) or "@" in text:
                 found.append(f"{where}: packages give floors; pins belong in constraints.txt")
     return found
 

@@ -201,7 +201,14 @@ def test_a_forbidden_requirement_is_found(required, place, tree):
 
 
 @pytest.mark.parametrize(
-    "required", ['"path-attn[plot]"', '"sealed>=1"', '"dither"', '"numpy!=2.3"']
+    "required",
+    [
+        '"path-attn[plot]"',
+        '"sealed>=1"',
+        '"dither"',
+        '"numpy!=2.3"',
+        "\"numpy>=2; sys_platform == 'linux'\"",
+    ],
 )
 def test_an_allowed_requirement_passes(required, tree):
     tree.edit("packages/path-attn/pyproject.toml", '"pytest>=8.4"', required)
