@@ -25,7 +25,8 @@ from torch import Tensor
 
 from flashformer._version import __version__
 from flashformer.backends.cpu import CPUBackend
-from flashformer.backends.cuda import MODES, CUDABackend, chunk_for
+from flashformer.backends.cuda import CUDABackend
+from flashformer.backends.cuda_build import MODES, chunk_for
 from flashformer.cache import KVCache
 from flashformer.config import ModelSpec
 from flashformer.pack import bytes_of

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from flashformer import cuda_driver
-from flashformer.backends import cuda
-from flashformer.backends.cuda import Chip, CUDABackend, Form, arch_of, chunk_for, geometry
+from flashformer.backends import cuda, cuda_build
+from flashformer.backends.cuda import CUDABackend
+from flashformer.backends.cuda_build import Chip, Form, arch_of, chunk_for, geometry
 from flashformer.config import ModelSpec
 from flashformer.jit import CompilerError
 from flashformer.plan import Plan
@@ -75,7 +76,7 @@ def check(arch, model, format, mode):
     assert kernels.keys() == KERNELS[mode]
     for name, kernel in kernels.items():
         assert kernel.spilled == kernel.stack == 0, (name, kernel)
-        assert kernel.registers * cuda.THREADS * shape.per_unit <= 65536, (name, kernel)
+        assert kernel.registers * cuda_build.THREADS * shape.per_unit <= 65536, (name, kernel)
     assert shape.shared <= chip.block
     assert shape.per_unit * (shape.shared + 1024) <= chip.unit
 
@@ -190,27 +191,27 @@ def test_names_of_architectures():
 
 def test_a_model_too_wide_for_the_chip_is_refused():
     wide = shape("llama", 8192, 28672, 64, 8, 128, 128256, 80)
-    forms = dict.fromkeys(cuda.PRODUCTS, Form("bf16"))
+    forms = dict.fromkeys(cuda_build.PRODUCTS, Form("bf16"))
     with pytest.raises(UserError, match="leaves no room for its weights; use int8 or int4"):
         geometry(wide, forms, Chip.of("sm_89"), "megakernel")
-    assert geometry(wide, forms, Chip.of("sm_90a"), "megakernel").slots >= cuda.WARPS
+    assert geometry(wide, forms, Chip.of("sm_90a"), "megakernel").slots >= cuda_build.WARPS
 
 
 @pytest.mark.parametrize("mode", cuda.MODES)
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("model", SHAPES)
 def test_the_ring_has_slots_for_every_warp_and_most_of_the_room(model, arch, mode):
-    forms = dict.fromkeys(cuda.PRODUCTS, Form("int4", 128))
+    forms = dict.fromkeys(cuda_build.PRODUCTS, Form("int4", 128))
     found = geometry(SHAPES[model], forms, Chip.of(arch), mode)
-    assert found.slots % cuda.WARPS == 0
+    assert found.slots % cuda_build.WARPS == 0
     assert found.slot % 128 == 0
     assert found.slots * found.slot > 0.4 * found.shared
 
 
 def test_spec_h_holds_numbers_only():
-    forms = dict.fromkeys(cuda.PRODUCTS, Form("bf16"))
+    forms = dict.fromkeys(cuda_build.PRODUCTS, Form("bf16"))
     spec = SHAPES["llama-1b"]
-    text = cuda.header(
+    text = cuda_build.header(
         spec, forms, geometry(spec, forms, Chip.of("sm_90a"), "graph"), workers=132, chunk=64,
         embedding="bf16", cache="bf16",
     )  # fmt: skip
@@ -243,4 +244,4 @@ def test_layers_of_different_forms_are_refused(kit):
     _, other = kit.weights(kit.model("llama"), "bf16")
     mixed = replace(mixed, layers=(mixed.layers[0], other.layers[1]))
     with pytest.raises(UserError, match="layer 1 has its qkv weights as"):
-        cuda.forms_of(mixed)
+        cuda_build.forms_of(mixed)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flashformer import sampling
-from flashformer.backends import cuda
+from flashformer.backends import cuda, cuda_build
 from flashformer.backends.cpu import CPUBackend
 from flashformer.cache import KVCache
 from flashformer.config import ModelSpec
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 def build(text: str) -> ctypes.CDLL:
     """Compile the emulator for a spec.h, or take it from the cache."""
     digest = hashlib.sha256(text.encode())
-    for file in sorted([*EMULATOR.iterdir(), *cuda.SOURCES.iterdir()]):
+    for file in sorted([*EMULATOR.iterdir(), *cuda_build.SOURCES.iterdir()]):
         if file.is_file():
             digest.update(file.read_bytes())
     folder = cache_folder() / f"emulator-{digest.hexdigest()[:20]}"
@@ -44,8 +44,8 @@ def build(text: str) -> ctypes.CDLL:
         subprocess.run(
             [
                 compiler(), "-std=c++20", "-O1", "-g", "-fno-strict-aliasing", "-shared", "-fPIC",
-                "-w", "-U_FORTIFY_SOURCE", f"-I{folder}", f"-I{cuda.SOURCES}", f"-I{EMULATOR}",
-                str(EMULATOR / "emulate.cpp"), "-o", str(library),
+                "-w", "-U_FORTIFY_SOURCE", f"-I{folder}", f"-I{cuda_build.SOURCES}",
+                f"-I{EMULATOR}", str(EMULATOR / "emulate.cpp"), "-o", str(library),
             ],
             check=True,
         )  # fmt: skip
@@ -55,11 +55,11 @@ def build(text: str) -> ctypes.CDLL:
 class Emulated:
     """Takes the place of `cuda.Runner`."""
 
-    def __init__(self, backend: cuda.CUDABackend, chip: cuda.Chip) -> None:
+    def __init__(self, backend: cuda.CUDABackend, chip: cuda_build.Chip) -> None:
         model, plan = backend.model, backend.plan
-        shape = cuda.geometry(plan.spec, model.forms, chip, backend.mode)
+        shape = cuda_build.geometry(plan.spec, model.forms, chip, backend.mode)
         self.library = build(
-            cuda.header(
+            cuda_build.header(
                 plan.spec, model.forms, shape, workers=plan.workers, chunk=plan.chunk,
                 embedding=model.embedding_format, cache=backend.cache_format,
             )
@@ -78,7 +78,7 @@ class Emulated:
             assert not self.library.ff_emulate_step(struct, self.seed, int(head)), "hangs"
 
 
-SMALL = cuda.Chip("sm_90a", 48 * 1024, 104 * 1024)  # so little room that the ring turns often
+SMALL = cuda_build.Chip("sm_90a", 48 * 1024, 104 * 1024)  # so little room that the ring turns often
 
 
 def compiled(model, mode, *, workers=WORKERS, cache="fp32", **formats):
@@ -112,8 +112,8 @@ def decode(backend, given, new, **options):
 @pytest.fixture(autouse=True)
 def _tight(monkeypatch):
     """Make slots and rounds so small that tiles of tiny models come in pieces and rounds."""
-    monkeypatch.setattr(cuda, "_MOST_SLOT", cuda._LEAST_SLOT)
-    monkeypatch.setattr(cuda, "_ROUND", 8)
+    monkeypatch.setattr(cuda_build, "_MOST_SLOT", cuda_build._LEAST_SLOT)
+    monkeypatch.setattr(cuda_build, "_ROUND", 8)
 
 
 CASES = {  # kind, changes of the config, format, head, group, symmetric, cache
@@ -158,7 +158,7 @@ def test_logits_and_tokens_equal_those_of_the_cpu(kit, case, mode):
 @pytest.mark.parametrize("wait", ["5 * l", *(f"5 * l + {n}" for n in range(1, 5))])
 def test_every_wait_is_needed(kit, wait, monkeypatch, tmp_path):
     changed = tmp_path / "cuda"
-    shutil.copytree(cuda.SOURCES, changed)
+    shutil.copytree(cuda_build.SOURCES, changed)
     text = (changed / "decode.cuh").read_text()
     line = f"    if (!grid.wait({wait})) return false;\n"
     assert text.count(line) == 1
@@ -184,8 +184,8 @@ def pairs(kit):
     """Return back-ends in both modes that share one library."""
     model = kit.model("llama")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_MOST_SLOT", cuda._LEAST_SLOT)
-        patch.setattr(cuda, "_ROUND", 8)
+        patch.setattr(cuda_build, "_MOST_SLOT", cuda_build._LEAST_SLOT)
+        patch.setattr(cuda_build, "_ROUND", 8)
         return {mode: compiled(model, mode)[:2] for mode in cuda.MODES}
 
 
@@ -251,7 +251,7 @@ def test_nan_among_the_logits_is_an_error(kit, pairs, mode):
 
 def test_a_worker_that_does_not_come_is_reported(kit, pairs, monkeypatch):
     emulated, _ = pairs["megakernel"]
-    monkeypatch.setattr(cuda, "PATIENCE", 0.05)
+    monkeypatch.setattr(emulated.model, "patience", 0.05)
     monkeypatch.setattr(emulated._runner, "silent", 1)
     with pytest.raises(cuda.CudaError, match=r"after layer 0 qkv .* 2 arrivals of 3 by 3 workers"):
         decode(emulated, kit.tokens(2), 3)

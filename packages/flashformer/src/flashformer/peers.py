@@ -3,6 +3,7 @@
 import ctypes
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ EAGER, STATIC, LLAMA = "transformers eager", "StaticCache + torch.compile", "lla
 GGUF_TYPES = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}
 
 
-class Runner:
+class Runner(ABC):
     """Decodes one sequence greedily from a place that can be returned to.
 
     Attributes:
@@ -38,17 +39,17 @@ class Runner:
     cache_item: int
     spec: ModelSpec
 
+    @abstractmethod
     def start(self, prompt: "Tensor", cache: "Cache | None" = None) -> None:
         """Read a prompt `[n]` int64; `cache` of transformers holds it already, if it is given."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rewind(self, length: int) -> None:
         """Forget the positions from `length` on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, token: int) -> Any:
         """Read a token and return the logits of the next, `[V]`, tensor or array."""
-        raise NotImplementedError
 
     def decode(self, token: int, steps: int) -> list[int]:
         """Read a token, choose the next, and so on."""
@@ -81,7 +82,7 @@ class Runner:
         seen = sum(length + 1 if w is None else min(length + 1, w) for w in spec.windows)
         return self.weights + 2 * seen * spec.kv_heads * spec.head_dim * self.cache_item
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most hold nothing
         """Free what it holds."""
 
 

@@ -144,12 +144,12 @@ def test_nan_among_the_logits_is_an_error_and_the_next_call_is_fine(kit, mode):
 
 def test_a_worker_that_does_not_come_is_reported_and_the_next_call_is_fine(kit, monkeypatch):
     gpu, cpu = both(kit, "llama", "fp32", "megakernel", workers=8)
-    monkeypatch.setattr(cuda, "PATIENCE", 0.2)
     whole = gpu._runner._launch
 
     def one_less(name, blocks, *arguments, **options):
         whole(name, blocks - 1, *arguments, **options)
 
+    monkeypatch.setattr(gpu.model, "patience", 0.2)
     monkeypatch.setattr(gpu._runner, "_launch", one_less)
     with pytest.raises(cuda.CudaError, match=r"after layer 0 qkv .* 7 arrivals of 8 by 8 workers"):
         decode(gpu, [5], 8)

@@ -1,4 +1,4 @@
-// What Python hands over, field by field as in backends/cuda.py, and the numbers of spec.h.
+// What Python hands over, field by field as in backends/cuda_build.py, and the numbers of spec.h.
 #pragma once
 #include "maths.cuh"
 #include "spec.h"
@@ -69,6 +69,6 @@ struct Model {
 
 static_assert(sizeof(Layer) == spec::LAYER_SIZE && sizeof(Request) == spec::REQUEST_SIZE &&
                   sizeof(State) == spec::STATE_SIZE && sizeof(Model) == spec::MODEL_SIZE,
-              "model.cuh and backends/cuda.py differ");
+              "model.cuh and backends/cuda_build.py differ");
 
 }  // namespace ff

@@ -84,6 +84,6 @@ constexpr int PARTIAL_AT = SCRATCH_AT + SCRATCH_BYTES;
 constexpr int BARRIERS_AT = PARTIAL_AT + 2 * 4 * PARTIAL_FLOATS;
 constexpr int SMALL_AT = BARRIERS_AT + 16 * spec::SLOTS;
 constexpr int SHARED_BYTES = SMALL_AT + 512;
-static_assert(SHARED_BYTES <= spec::SHARED_LIMIT, "backends/cuda.py chose too many slots");
+static_assert(SHARED_BYTES <= spec::SHARED_LIMIT, "backends/cuda_build.py chose too many slots");
 
 }  // namespace ff
