@@ -303,10 +303,9 @@ def types(session: nox.Session) -> None:
     )
     python = str(Path(session.bin) / "python")
     extra = [".github/scripts", *(f"packages/{n}/src" for n in PACKAGES)]
-    if session.posargs:
-        sources = [f"packages/{n}/src" for n in names]
-    else:
-        sources = ["packages/*/src", ".github/scripts/*.py", "noxfile.py"]
+    sources = [f"packages/{n}/src" for n in names]
+    if not session.posargs:
+        sources += [".github/scripts/*.py", "noxfile.py"]
     rest = [f"packages/{n}/{part}" for n in names for part in ("tests", "benchmarks", "examples")]
     commands = []
     for mode, places in (("standard", sources), ("basic", rest)):

@@ -112,7 +112,7 @@ def load_checkpoint(
                 "the unquantised model"
             )
     shards = Shards(_folder(name, revision))
-    config = copy.deepcopy(config)
+    config: Any = copy.deepcopy(config)
     del config.quantization_config
     return _quantised(
         shards, config, spec, scheme, head=head, cache=cache, room=_room(spec, max_len),
@@ -362,7 +362,7 @@ def _unquantised(name: "str | Path", dtype: Any, revision: str | None, *, on_gpu
     if Path(name).is_dir():
         Shards(Path(name))  # its messages name the file
     with _told(f"{name} cannot be loaded"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype="auto" if dtype is None else dtype,
             revision=revision,
@@ -370,6 +370,7 @@ def _unquantised(name: "str | Path", dtype: Any, revision: str | None, *, on_gpu
             use_safetensors=True,
             output_loading_info=True,
         )
+    model, info = loaded
     for problem in ("missing_keys", "mismatched_keys"):
         wrong = sorted(str(key) for key in info.get(problem, ()))
         if wrong:

@@ -195,7 +195,8 @@ def _half(model: "PreTrainedModel") -> "PreTrainedModel":
 
     import torch
 
-    return copy.deepcopy(model).to(torch.bfloat16)
+    copied: Any = copy.deepcopy(model)
+    return copied.to(torch.bfloat16)
 
 
 def _divergence(

@@ -128,8 +128,10 @@ def _read(folder: Path, spec: ModelSpec, matrices: dict[str, dict[str, Any]]) ->
 
     layers = []
     for number in range(spec.layers):
-        parts = {kind: packed(f"layer {number} {kind}") for kind in ("qkv", "output", "up", "down")}
-        vectors = {name: tensors.get(f"layer {number} {name}") for name in _VECTORS}
+        parts: dict[str, Any] = {
+            kind: packed(f"layer {number} {kind}") for kind in ("qkv", "output", "up", "down")
+        }
+        vectors: dict[str, Any] = {name: tensors.get(f"layer {number} {name}") for name in _VECTORS}
         layers.append(LayerWeights(**parts, **vectors))
     return ModelWeights(
         layers=tuple(layers),

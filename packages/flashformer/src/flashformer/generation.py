@@ -190,14 +190,15 @@ def _decoder(model: "FlashModel", cache: KVCache) -> Any:
         def dtype(self) -> Any:
             return model.dtype
 
-        def prepare_inputs_for_generation(
+        def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
             self, input_ids: "Tensor", attention_mask: "Tensor | None" = None, **_: Any
         ) -> dict[str, Any]:
             return {"input_ids": input_ids[:, cache.length :]}
 
         def forward(self, input_ids: "Tensor", **_: Any) -> CausalLMOutput:
             logits = model.prefill(input_ids[0], cache)
-            return CausalLMOutput(logits=logits[None, None])
+            batch: Any = logits[None, None]
+            return CausalLMOutput(logits=batch)
 
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"  # there is no attention in it to choose

@@ -8,7 +8,7 @@ what a missing wait would do: buffers start as NaN and keep what the token befor
 import math
 from collections.abc import Iterator, Sequence
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashformer.pack import Packed
 from flashformer.plan import TILE, Plan, PlanError, Stage
@@ -17,6 +17,7 @@ from flashformer.weights import ModelWeights
 from tenfold_common.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 ACTIVATION_GROUP = 128
@@ -76,7 +77,7 @@ class Reference:
         plan: Plan,
         weights: ModelWeights,
         *,
-        dtype: "object | None" = None,
+        dtype: "torch.dtype | None" = None,
         max_len: int = 256,
     ) -> None:
         import torch
@@ -89,7 +90,7 @@ class Reference:
             for stage in plan.stages
             if stage.kind != "attention"
         }
-        nan = {"dtype": self.dtype, "fill_value": math.nan}
+        nan: dict[str, Any] = {"dtype": self.dtype, "fill_value": math.nan}
         parts = -(-max_len // plan.chunk) * spec.kv_heads
         group = spec.heads // spec.kv_heads
         self.buffers = {
@@ -162,7 +163,7 @@ class Reference:
 
     def _run(
         self, stage: Stage, worker: int, step: int
-    ) -> "list[tuple[Tensor, object, Tensor | float]]":
+    ) -> "list[tuple[Tensor, Any, Tensor | float]]":
         """Compute what a worker writes in a stage: (tensor, index, value)."""
         import torch
 
@@ -205,7 +206,7 @@ class Reference:
 
     def _attention(
         self, layer: int, worker: int, position: int
-    ) -> "list[tuple[Tensor, object, Tensor | float]]":
+    ) -> "list[tuple[Tensor, Any, Tensor | float]]":
         import torch
 
         spec, weights = self.plan.spec, self.weights.layers[layer]
@@ -222,7 +223,7 @@ class Reference:
             angles = self.weights.cos[position], self.weights.sin[position]
             q, k = (rotate(t, *angles) for t in (q, k))
         group = spec.heads // spec.kv_heads
-        writes: list[tuple[Tensor, object, Tensor | float]] = []
+        writes: list[tuple[Tensor, Any, Tensor | float]] = []
         for number, (head, _, start, stop) in enumerate(self.plan.parts(layer, position)):
             if number % self.plan.workers != worker:
                 continue

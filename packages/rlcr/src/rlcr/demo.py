@@ -21,7 +21,7 @@ from rlcr.scoring import scoring_rule
 from rlcr.toy import DIGITS, Draws, NoisySensor, evaluate_policy
 from tenfold_common.errors import UserError
 from tenfold_common.optional import is_available
-from tenfold_common.results import Claim, Figure, Result, Sample, Table, environment
+from tenfold_common.results import Cell, Claim, Figure, Result, Sample, Table, environment
 
 logger = logging.getLogger(__name__)
 
@@ -298,7 +298,7 @@ def _cells(task: NoisySensor, test: Draws, results: Mapping[str, ArmResult]) -> 
 
 def _vote_table(votes: list[Row]) -> Table:
     names = list(votes[0])
-    rows = [[name, f"{np.mean([v[name] for v in votes]):.3f}"] for name in names]
+    rows: list[list[Cell]] = [[name, f"{np.mean([v[name] for v in votes]):.3f}"] for name in names]
     return Table(
         f"Votes over {VOTES} samples at temperature 1 from the RLCR model",
         ["method", "accuracy"],

@@ -8,7 +8,7 @@ and Brier score are known, and a trained model is measured by its distance to th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -233,12 +233,13 @@ def evaluate_policy(
     result = []
     training = model.training
     model.eval()
+    generate: Any = model.generate
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         for _ in range(samples):
             parsed, probability = [], []
             for batch in prompts.to(model.device).split(batch_size):
-                out = model.generate(
+                out: Any = generate(
                     batch,
                     attention_mask=torch.ones_like(batch),
                     max_new_tokens=MAX_COMPLETION,

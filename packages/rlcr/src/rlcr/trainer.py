@@ -16,7 +16,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from trl import GRPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from rlcr.config import RLCRConfig
 from rlcr.data import check_columns, drop_long
@@ -101,6 +103,7 @@ class RLCRTrainer(AtomicCheckpoints, GRPOTrainer):
             processing_class = AutoTokenizer.from_pretrained(
                 name, trust_remote_code=args.trust_remote_code, padding_side="left"
             )
+        assert processing_class is not None
         shortest = check_tokenizer(processing_class, self.calibration_reward.format)
         limit = args.max_completion_length
         if limit is not None and limit < shortest:
@@ -141,13 +144,13 @@ class RLCRTrainer(AtomicCheckpoints, GRPOTrainer):
             args.reward_weights = given  # the caller's object stays as it was
         self.add_callback(_MonitorHistory(self.monitor))
         if args.calibration_ramp_steps:
-            self.add_callback(_CalibrationRamp(self))
+            self.add_callback(_CalibrationRamp(self, args.calibration_ramp_steps))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Generate and score, and remember what was stated and what was right."""
         output = super()._generate_and_score_completions(inputs)
         extra = self._logs["extra"]  # gathered over all processes; the newest batch is at the end
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode()
         size = len(inputs) * self.accelerator.num_processes
         newest = [
             [_nan(v) for v in list(extra[name])[-size:]]
@@ -156,9 +159,13 @@ class RLCRTrainer(AtomicCheckpoints, GRPOTrainer):
         self._window[mode].append((newest[0], newest[1]))
         return output
 
+    def _mode(self) -> str:
+        assert self.model is not None
+        return "train" if self.model.training else "eval"
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the live metrics, then look for known failures."""
-        mode = "train" if self.model.training else "eval"
+        mode = self._mode()
         if self._window[mode]:
             confidence = np.array([v for batch, _ in self._window[mode] for v in batch])
             correct = np.array([v for _, batch in self._window[mode] for v in batch])
@@ -197,8 +204,8 @@ class _MonitorHistory(TrainerCallback):
 class _CalibrationRamp(TrainerCallback):
     """Raises the calibration weight from 0 to its full value over the first steps."""
 
-    def __init__(self, trainer: RLCRTrainer) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: RLCRTrainer, steps: int) -> None:
+        self.trainer, self.steps = trainer, steps
         names = [f.__name__ for f in trainer.calibration_reward.functions()]
         self.place = names.index("calibration_reward")
         self.full = float(trainer.reward_weights[self.place])
@@ -207,8 +214,7 @@ class _CalibrationRamp(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         """Set the weight of the step that begins; it depends on nothing but the step."""
-        steps = self.trainer.args.calibration_ramp_steps
-        share = min(1.0, state.global_step / steps)
+        share = min(1.0, state.global_step / self.steps)
         self.trainer.reward_weights[self.place] = share * self.full
 
 
@@ -230,7 +236,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, format: str) -> int:
     """
     text = render_completion(format=format, answer="1", confidence=1.0)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    back = tokenizer.decode(ids, skip_special_tokens=True)
+    back = str(tokenizer.decode(ids, skip_special_tokens=True))
     if not parse_completion(back, format).ok:
         special = [t for t in tokenizer.all_special_tokens if t in text]
         reason = (

@@ -452,8 +452,9 @@ class RSAListener(Listener):
 
     def models(self) -> "list[TextModel]":
         """Return the models of the literal listener and of the speaker of the alternatives."""
-        speaking = isinstance(self.alternatives, Speaker)
-        return self.listener.models() + (self.alternatives.models() if speaking else [])
+        alternatives = self.alternatives
+        speaking = alternatives.models() if isinstance(alternatives, Speaker) else []
+        return self.listener.models() + speaking
 
     def _listen(self, questions: list[Question], seed: int) -> Array:
         known = {scale: self._alternatives(scale, seed) for scale, _ in questions}

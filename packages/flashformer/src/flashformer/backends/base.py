@@ -16,23 +16,28 @@ class Backend(Protocol):
     """A plan with its weights, ready to decode; see `CPUBackend.decode` for the arguments.
 
     Attributes:
-        name: Such as `cpu (avx2)`.
         plan: The plan.
         cache_format: Of keys and values, "fp32" or "bf16".
         group: Group size of int4 matrices, 0 without any.
         device: Where its tensors are.
-        packed: The matrices by the name of their stage.
         weights: The vectors and tables; the matrices may be missing.
-        streamed: Bytes of weights that a token reads.
     """
 
-    name: str
     plan: Plan
     cache_format: str
     group: int
     device: Any
-    packed: "dict[str, Packed]"
     weights: ModelWeights
+
+    @property
+    def name(self) -> str:
+        """Such as `cpu (avx2)`."""
+        ...
+
+    @property
+    def packed(self) -> "dict[str, Packed]":
+        """The matrices by the name of their stage."""
+        ...
 
     @property
     def streamed(self) -> int:

@@ -98,7 +98,7 @@ class CUDABackend:
         """What it is and how it runs."""
         return f"cuda ({self.mode})"
 
-    @cached_property
+    @property
     def packed(self) -> dict[str, Packed]:
         """Copies of the matrices on the CPU."""
         return self.model.packed()
