@@ -223,15 +223,18 @@ def test_real_data_are_beside_the_repository_or_where_the_variable_says(tmp_path
     monkeypatch.delenv("TENFOLD_DATA", raising=False)
     start = tmp_path / "repository" / "packages" / "rlcr" / "tests" / "conftest.py"
     start.parent.mkdir(parents=True)
-    assert real_data_folder(start) is None
+    with pytest.raises(pytest.skip.Exception, match="set TENFOLD_DATA"):
+        real_data_folder(start)
     beside = tmp_path / "shared" / "data"
     beside.mkdir(parents=True)
     assert real_data_folder(start) == real_data_folder(str(start)) == beside
-    assert real_data_folder(beside / "conftest.py") is None  # no repository
+    with pytest.raises(pytest.skip.Exception):
+        real_data_folder(beside / "conftest.py")  # no repository
     monkeypatch.setenv("TENFOLD_DATA", str(start.parent))
     assert real_data_folder(start) == start.parent
     monkeypatch.setenv("TENFOLD_DATA", str(start.parent / "absent"))
-    assert real_data_folder(start) is None
+    with pytest.raises(UserError, match=r"TENFOLD_DATA names .*absent', which is no folder"):
+        real_data_folder(start)
 
 
 # a server -------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Test rules and helpers that all packages share.
 
-Nothing here imports pytest; a conftest.py makes fixtures of the context managers:
+Nothing here imports pytest at import; a conftest.py makes fixtures of the context managers:
 
     @pytest.fixture(autouse=True)
     def _offline():
@@ -198,22 +198,32 @@ def _is_loopback(host: object) -> bool:
         return False
 
 
-def real_data_folder(start: str | Path) -> Path | None:
-    """Return the folder of real data, which are no part of the repository.
+def real_data_folder(start: str | Path) -> Path:
+    """Return the folder of real data, which are no part of the repository, or skip the test.
 
     Args:
         start: A file in the repository, such as the caller's `__file__`.
 
     Returns:
         The folder that the variable TENFOLD_DATA names, or else `shared/data` beside the
-        repository, which is the folder that holds `packages`; None if it is not there.
+        repository, which is the folder that holds `packages`. Where that is not there the test
+        is skipped.
+
+    Raises:
+        UserError: TENFOLD_DATA names a folder that is not there.
     """
     import os
 
+    import pytest
+
     root = next((p for p in Path(start).resolve().parents if (p / "packages").is_dir()), None)
     named = os.environ.get("TENFOLD_DATA")
+    if named and not Path(named).is_dir():
+        raise UserError(f"TENFOLD_DATA names {named!r}, which is no folder")
     folder = Path(named) if named else root and root.parent / "shared" / "data"
-    return folder if folder and folder.is_dir() else None
+    if folder is None or not folder.is_dir():
+        pytest.skip("no real data: set TENFOLD_DATA to their folder")
+    return folder
 
 
 @contextmanager
