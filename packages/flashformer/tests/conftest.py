@@ -1,9 +1,11 @@
 """Same conditions for every test, and tiny random models of every kind."""
 
 import copy
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis
 import pytest
 import torch
+from checkpoint_files import write
 
 from tenfold_common.seed import seed_everything
 from tenfold_common.testing import no_network, poisoned_empty, real_data_folder
@@ -218,3 +221,55 @@ class Kit:
 def kit() -> type[Kit]:
     """Tiny models, their logits, their weights."""
     return Kit
+
+
+# Checkpoints, see checkpoint_files.py
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, kit):
+    """Checkpoints by case, written once; not to be changed."""
+    made = {}
+
+    def get(case):
+        if case not in made:
+            made[case] = write(tmp_path_factory.mktemp("checkpoints") / case, kit, case)
+        return made[case]
+
+    return get
+
+
+@pytest.fixture
+def fresh(tmp_path, kit):
+    """Write a checkpoint that may be spoilt; by default with one layer."""
+
+    def get(case, **changes):
+        return write(tmp_path / case, kit, case, **{"num_hidden_layers": 1, **changes})
+
+    return get
+
+
+@pytest.fixture
+def on_hub(tmp_path, monkeypatch):
+    """Put a folder into the hub's cache under a name; there is no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put_there(folder, name):
+        home = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs/main").write_text("a" * 40)
+        (home / "snapshots").mkdir()
+        (home / "snapshots" / ("a" * 40)).symlink_to(folder)
+
+    return put_there
+
+
+@pytest.fixture
+def plain(kit, tmp_path):
+    """An unquantised checkpoint and its model."""
+    model = kit.model("qwen2")
+    model.save_pretrained(tmp_path / "plain")
+    return SimpleNamespace(
+        folder=tmp_path / "plain", model=model,
+        config=json.loads((tmp_path / "plain/config.json").read_text()),
+    )  # fmt: skip
