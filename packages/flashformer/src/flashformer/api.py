@@ -160,7 +160,8 @@ def load(folder: "str | Path", *, threads: int | None = None, backend: str = "au
     It has no transformers model: prompts are read token by token.
 
     Raises:
-        UserError: the folder holds no such model, or a file of it is broken.
+        UserError: the folder holds no such model.
+        CheckpointError: a file of it is missing or broken.
     """
     from flashformer.files import load as load_files
 

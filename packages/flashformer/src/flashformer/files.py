@@ -76,8 +76,8 @@ def load(folder: Path, *, workers: int, backend: str) -> "FlashModel":
     """Read what `save` wrote.
 
     Raises:
-        UserError: the folder is not there, holds something else, was written in another layout, or
-            a file of it is missing or broken.
+        UserError: the folder is not there, holds something else or was written in another layout.
+        CheckpointError: a file of it is missing or broken.
     """
     from transformers import AutoConfig, GenerationConfig
 

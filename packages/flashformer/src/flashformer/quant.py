@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 FORMATS = ("fp32", "bf16", "int8", "int4")
 GROUPS = (32, 64, 128)
 _TRIED = 21  # scales tried for each group of int4: the largest number falls on -11, ..., -6
+_BLOCK = 2**19  # numbers quantised at a time, so that trials find them in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,11 +145,15 @@ def quantize(
             f"{' or '.join(str(g) for g in GROUPS if k % g == 0) or 'none: int8 instead'}"
         )
     grouped = weight.float().reshape(rows, k // group, group)
-    values, scale, zero = (_symmetric if symmetric else _asymmetric)(grouped)
-    return Matrix("int4", values.reshape(rows, k), scale, zero, group)
+    if not symmetric:
+        values, scale, zero = _asymmetric(grouped)
+        return Matrix("int4", values.reshape(rows, k), scale, zero, group)
+    parts = [_symmetric(part) for part in grouped.split(max(1, _BLOCK // k))]
+    values, scale = (torch.cat(x) for x in zip(*parts, strict=True))
+    return Matrix("int4", values.reshape(rows, k), scale, None, group)
 
 
-def _symmetric(grouped: "Tensor") -> "tuple[Tensor, Tensor, None]":
+def _symmetric(grouped: "Tensor") -> "tuple[Tensor, Tensor]":
     """Choose scales for -8..7; as their sign is free, the largest number may fall on -8 or over."""
     import torch
 
@@ -162,7 +167,7 @@ def _symmetric(grouped: "Tensor") -> "tuple[Tensor, Tensor, None]":
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, tried[..., 0], scale)
-    return _rounded(grouped, scale[..., None]).to(torch.uint8), scale, None
+    return _rounded(grouped, scale[..., None]).to(torch.uint8), scale
 
 
 def _rounded(grouped: "Tensor", scale: "Tensor") -> "Tensor":
