@@ -26,11 +26,11 @@ from torch import Tensor
 from flashformer._version import __version__
 from flashformer.backends.cpu import CPUBackend
 from flashformer.backends.cuda import CUDABackend
-from flashformer.backends.cuda_build import MODES, chunk_for
+from flashformer.backends.cuda_build import MODES
 from flashformer.cache import KVCache
 from flashformer.config import ModelSpec
 from flashformer.pack import bytes_of
-from flashformer.plan import Plan
+from flashformer.plan import Plan, chunk_for
 from flashformer.quant import Matrix
 from flashformer.weights import LayerWeights, ModelWeights, read_weights, rotary_tables
 from tenfold_common.cli import base_parser, run

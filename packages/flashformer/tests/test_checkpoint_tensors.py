@@ -53,12 +53,12 @@ SPOILT = {
     "gemv-zeros": (
         "awq-gemv",
         put(f"{O}.qzeros", lambda t: t[:, :0]),
-        [f"{O}.qzeros is for 0 groups of K = 128, not 4"],
+        [f"{O}.qzeros has the shape [128, 0], expected [128, 4]"],
     ),
     "gemv-rows": (
         "awq-gemv",
         put(f"{O}.scales", lambda t: t[:8]),
-        [f"{O}.scales has the shape [8, 32], expected [128, any]"],
+        [f"{O}.scales has the shape [8, 32], expected [128, 32]"],
     ),
     "eight-bits": (
         "gptq",

@@ -10,10 +10,10 @@ import torch
 from flashformer import cuda_driver
 from flashformer.backends import cuda, cuda_build
 from flashformer.backends.cuda import CUDABackend
-from flashformer.backends.cuda_build import Chip, Form, arch_of, chunk_for, geometry
+from flashformer.backends.cuda_build import Chip, Form, arch_of, geometry
 from flashformer.config import ModelSpec
 from flashformer.jit import CompilerError
-from flashformer.plan import Plan
+from flashformer.plan import Plan, chunk_for
 from tenfold_common.errors import UserError
 
 needs_compiler = pytest.mark.skipif(

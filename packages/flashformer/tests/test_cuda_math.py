@@ -163,7 +163,7 @@ def test_every_wait_is_needed(kit, wait, monkeypatch, tmp_path):
     line = f"    if (!grid.wait({wait})) return false;\n"
     assert text.count(line) == 1
     (changed / "decode.cuh").write_text(text.replace(line, ""))
-    monkeypatch.setattr(cuda, "SOURCES", changed)
+    monkeypatch.setattr(cuda_build, "SOURCES", changed)
     emulated, cpu, _ = compiled(kit.model("llama"), "megakernel")
     given = kit.tokens(12)
     with suppress(UserError):  # a logit is NaN

@@ -5,8 +5,8 @@ import pytest
 import flashformer as ff
 from flashformer.config import ModelSpec
 from flashformer.pack import tile_bytes
-from flashformer.plan import KINDS, Plan
-from flashformer.roofline import GPUS, gpu_chunk
+from flashformer.plan import KINDS, Plan, chunk_for
+from flashformer.roofline import GPUS
 from tenfold_common import UserError
 
 
@@ -113,11 +113,11 @@ def test_unknown_gpus_are_refused_with_those_known():
 @pytest.mark.parametrize("name", GPUS)
 def test_every_gpu_has_a_part_of_the_attention_for_each_unit_where_there_are_enough(name):
     gpu = GPUS[name]
-    chunk = gpu_chunk(LLAMA_8B, gpu.units, 8191)
+    chunk = chunk_for(LLAMA_8B, gpu.units, 8192)
     parts = len(Plan.make(LLAMA_8B, gpu.units, chunk=chunk).parts(0, 8191))
     assert parts >= 0.8 * gpu.units
-    assert gpu_chunk(LLAMA_8B, gpu.units, 0) == 16
-    assert gpu_chunk(LLAMA_8B, gpu.units, 10**6) == 256
+    assert chunk_for(LLAMA_8B, gpu.units, 1) == 32
+    assert chunk_for(LLAMA_8B, gpu.units, 10**6) == 256
 
 
 @pytest.mark.parametrize(

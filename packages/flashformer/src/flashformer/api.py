@@ -11,7 +11,14 @@ from flashformer.jit import CompilerError
 from flashformer.model import FlashModel, warn_training
 from flashformer.plan import Plan
 from flashformer.quant import check_format, default_head
-from flashformer.weights import ModelWeights, check_model, read_weights, rotary_tables
+from flashformer.weights import (
+    ModelWeights,
+    Seen,
+    check_model,
+    left_out,
+    read_weights,
+    rotary_tables,
+)
 from tenfold_common.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,8 +61,10 @@ def compile(
         UserError: the model or an argument is not supported; the message says what to do.
         CompilerError: with backend="cpu", if the C++ compiler is missing or fails.
     """
-    spec = ModelSpec.from_config(model.config)
     check_model(model)
+    spec = ModelSpec.from_config(model.config)
+    if not isinstance(symmetric, bool):
+        raise UserError(f"symmetric must be True or False, not {symmetric!r}")
     warn_training(model)
     import torch
 
@@ -84,15 +93,27 @@ def _build(
     workers: int,
     backend: str,
 ) -> Backend:
+    state = Seen(model.state_dict())
+    embedding = model.get_input_embeddings().weight
+    if spec.tied and model.get_output_embeddings().weight is not embedding:
+        raise UserError(
+            "tie_word_embeddings is true, but the head's weights are not the embedding's; set "
+            "model.config.tie_word_embeddings = False, or call model.tie_weights()"
+        )
     read = read_weights(
         spec,
-        model.state_dict(),
+        state,
         rotary_tables(model, max_len),
         format=settings["weights"],
         group=settings["group"],
         head=settings["head"],
         symmetric=symmetric,
     )
+    if left := left_out(spec, state, state.used):
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise UserError(
+            f"the model has {left[0]}{more}, of which its config says nothing: it would be left out"
+        )
     return make_backend(
         spec, read, cache=settings["cache"], workers=workers, backend=backend,
         device=model.device,
@@ -114,6 +135,10 @@ def make_backend(
     if backend not in BACKENDS:
         raise UserError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and backend in ("cpu", "torch"):
+        raise UserError(
+            f"the model lies on a GPU, but backend is {backend!r}; move it first: model.cpu()"
+        )
     if backend == "cuda" or (backend == "auto" and on_gpu):
         from flashformer.backends.cuda import make
 
@@ -171,7 +196,7 @@ def load(folder: "str | Path", *, threads: int | None = None, backend: str = "au
 def _settings(weights: str, group: int, head: str | None, cache: str | None) -> dict[str, Any]:
     check_format(weights, group)
     head = head or default_head(weights)
-    check_format(head, group)
+    check_format(head, group, "head")
     cache = cache or ("fp32" if weights == "fp32" else "bf16")
     if cache not in ("fp32", "bf16"):
         raise UserError(f"cache must be 'fp32' or 'bf16', not {cache!r}")
@@ -183,6 +208,12 @@ def _room(spec: ModelSpec, max_len: int | None) -> int:
         return min(spec.max_positions, DEFAULT_LEN)
     if isinstance(max_len, bool) or not isinstance(max_len, int) or max_len < 1:
         raise UserError(f"max_len must be a whole number of at least 1, not {max_len!r}")
+    if max_len > spec.max_positions and spec.longrope:
+        raise UserError(
+            f"max_len is {max_len}, but behind {spec.max_positions} positions longrope changes the "
+            "angles of the whole text, which a cache cannot follow; use the transformers model for "
+            "longer ones"
+        )
     if max_len > spec.max_positions:
         warnings.warn(
             f"max_len {max_len} is longer than the {spec.max_positions} positions the model was "

@@ -37,6 +37,8 @@ class KVCache:
 
         if isinstance(max_len, bool) or not isinstance(max_len, int) or max_len < 1:
             raise UserError(f"max_len must be a whole number of at least 1, not {max_len!r}")
+        if not isinstance(spec, ModelSpec):
+            raise UserError(f"a cache is made for a spec (model.spec), not {type(spec).__name__}")
         if format not in ("fp32", "bf16"):
             raise UserError(f"format must be 'fp32' or 'bf16', not {format!r}")
         self.spec, self.max_len, self.format = spec, max_len, format
@@ -77,6 +79,8 @@ class KVCache:
         Raises:
             UserError: it lies outside of what is filled.
         """
+        if isinstance(length, bool) or not isinstance(length, int):
+            raise UserError(f"length must be a whole number, not {length!r}")
         wanted = self.length + length if length < 0 else length
         if not 0 <= wanted <= self.length:
             raise UserError(f"cannot crop to {length}: {self.length} positions are filled")
@@ -132,6 +136,8 @@ class KVCache:
             UserError: the shapes are not those of this model, the batch is not 1, or it is longer
                 than `max_len`.
         """
+        if not hasattr(cache, "layers"):
+            raise UserError(f"{type(cache).__name__} is no cache of transformers")
         found = cls(spec, max_len, format=format, device=device)
         length = int(cache.get_seq_length())
         layers: Any = cache.layers

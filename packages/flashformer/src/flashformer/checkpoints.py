@@ -34,7 +34,7 @@ from flashformer.config import ModelSpec
 from flashformer.files import SETTINGS
 from flashformer.model import FlashModel
 from flashformer.quant import GROUPS, Matrix
-from flashformer.weights import read_weights, rotary_tables
+from flashformer.weights import left_out, read_weights, rotary_tables
 from tenfold_common.errors import UserError, suggest
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def load_checkpoint(
             supported; the message says which.
         CompilerError: as in `compile`.
     """
+    _check_place(name)
     if (Path(name) / SETTINGS).is_file():
         raise UserError(f"{name} holds a compiled model; load it with flashformer.load")
     config = load_config(name, revision)
@@ -318,6 +319,8 @@ class Shards(Mapping[str, "Tensor"]):
 
 def _check_place(name: "str | Path") -> None:
     """Refuse what is certainly neither a folder with a checkpoint nor a hub name."""
+    if not isinstance(name, str | Path) or not str(name).strip():
+        raise UserError(f"name a folder or a model of the hub, not {name!r}")
     place = Path(name)
     if place.is_file():
         raise UserError(f"{name} is a file; name the folder that holds the checkpoint")
@@ -371,7 +374,7 @@ def _unquantised(name: "str | Path", dtype: Any, revision: str | None, *, on_gpu
             output_loading_info=True,
         )
     model, info = loaded
-    for problem in ("missing_keys", "mismatched_keys"):
+    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         wrong = sorted(str(key) for key in info.get(problem, ()))
         if wrong:
             raise UserError(
@@ -411,11 +414,9 @@ def _check_leftovers(shards: Shards, spec: ModelSpec, matrices: Mapping[str, Mat
     """Refuse a checkpoint of which something would be left out."""
     left = [
         name
-        for name in sorted(set(shards) - shards.used)
-        if not name.endswith("rotary_emb.inv_freq")
-        and not (spec.tied and name == "lm_head.weight")
+        for name in left_out(spec, shards, shards.used)
         # some quantisers give every layer a bias
-        and not (name.endswith(".bias") and not shards[name].any())
+        if not (name.endswith(".bias") and not shards[name].any())
     ]
     left = sorted(matrices) + left
     if left:
@@ -613,11 +614,11 @@ def _read_gemv(shards: Shards, name: str, group: int) -> Parts:
     words = shards.take(f"{name}.qweight", "int32", None, None)
     rows, k = len(words), 8 * words.shape[1]
     count = _groups(name, k, group)
-    zeros = nibbles(shards.take(f"{name}.qzeros", "int32", rows, None))
-    scales = shards.take(f"{name}.scales", "float", rows, None)
-    for part, found in (("qzeros", zeros), ("scales", scales)):
-        if found.shape[1] < count:
-            raise UserError(f"{name}.{part} is for {found.shape[1]} groups of K = {k}, not {count}")
+    # Words of zero points, padded as AutoAWQ pads them, and as many scales.
+    width = -(-count // 8)
+    width += -width % (128 // group)
+    zeros = nibbles(shards.take(f"{name}.qzeros", "int32", rows, width))
+    scales = shards.take(f"{name}.scales", "float", rows, 8 * width)
     return nibbles(words), scales[:, :count], zeros[:, :count]
 
 

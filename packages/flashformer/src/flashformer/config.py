@@ -27,7 +27,8 @@ class ModelSpec:
         vocab: Number of tokens, V.
         eps: Of every RMS norm.
         rotary: Leading elements of a head that the rotary position embedding turns, even.
-        max_positions: The longest context the model was made for.
+        max_positions: The longest context the model was made for; with longrope that up to which
+            its angles do not change.
         windows: For each layer how many positions it sees, itself included; None for all.
         rotates: For each layer whether it has rotary positions.
         qkv_bias: Whether queries, keys and values have biases.
@@ -35,6 +36,9 @@ class ModelSpec:
         mlp_bias: Whether the three matrices of the MLP have.
         qk_norm: Whether queries and keys are normalised head by head.
         tied: Whether the head's weights are the embedding's.
+        longrope: Whether longer texts would change the angles of all positions.
+        growing: Whether the angles of longer texts grow with the text (dynamic scaling), so that
+            they depend on how it was cut into calls.
     """
 
     model_type: str
@@ -54,6 +58,8 @@ class ModelSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     tied: bool = False
+    longrope: bool = False
+    growing: bool = False
 
     @property
     def layers(self) -> int:
@@ -94,7 +100,9 @@ class ModelSpec:
             vocab=config.vocab_size,
             eps=float(config.rms_norm_eps),
             rotary=int(head_dim * _partial(config)) // 2 * 2,
-            max_positions=config.max_position_embeddings,
+            max_positions=_positions(config),
+            longrope=_rope_type(config) == "longrope",
+            growing=_rope_type(config) == "dynamic",
             windows=_windows(config),
             rotates=tuple(bool(r) for r in getattr(config, "no_rope_layers", None) or [1] * layers),
             qkv_bias=bias or kind == "qwen2",
@@ -150,6 +158,8 @@ def supported(config: "PretrainedConfig") -> Support:
         >>> supported(LlamaConfig(hidden_act="gelu")).reasons
         ("hidden_act is 'gelu', must be 'silu'",)
     """
+    if not hasattr(config, "model_type") and hasattr(getattr(config, "config", None), "model_type"):
+        raise UserError("supported takes a config; call it with model.config")
     kind = getattr(config, "model_type", "")
     if getattr(config, "is_encoder_decoder", False):
         return Support(False, (f"model_type {kind!r} is an encoder-decoder, must be a decoder",))
@@ -165,6 +175,11 @@ def _reasons(config: Any) -> Sequence[str]:
     found = []
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                 "num_attention_heads", "max_position_embeddings"):  # fmt: skip
+        value = getattr(config, name, None)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            return [f"{name} is {value!r}, must be a whole number of at least 1"]
     if config.hidden_act not in ("silu", "swish"):
         found.append(f"hidden_act is {config.hidden_act!r}, must be 'silu'")
     if heads % kv_heads:
@@ -193,7 +208,24 @@ def _reasons(config: Any) -> Sequence[str]:
     return found
 
 
+def _rope_type(config: Any) -> str:
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+
+
+def _positions(config: Any) -> int:
+    """Return up to where the model may go.
+
+    Behind its original context longrope changes the angles of the whole text, and transformers
+    reads it anew; a cache cannot.
+    """
+    if _rope_type(config) != "longrope":
+        return config.max_position_embeddings
+    return int(config.rope_parameters["original_max_position_embeddings"])
+
+
 def _partial(config: Any) -> float:
+    if config.model_type != "phi3":  # transformers heeds it in no other of these
+        return 1.0
     parameters = getattr(config, "rope_parameters", None) or {}
     value = parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
     return 1.0 if value is None else float(value)

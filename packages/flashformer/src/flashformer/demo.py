@@ -217,7 +217,11 @@ def _divergence(
 def _speeds(
     model: "PreTrainedModel", half: "PreTrainedModel", compiled: "Mapping[str, FlashModel]"
 ) -> dict[str, list[float]]:
-    """Return tokens a second at `CONTEXTS`; all are timed in turn, the median of five rounds."""
+    """Return tokens a second on one thread at `CONTEXTS`; all in turn, the median of 5 rounds."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     runs: dict[str, Callable[[int], float]] = {
         "transformers fp32": lambda n: _eager(model, n),
         "transformers bf16": lambda n: _eager(half, n),
@@ -232,6 +236,7 @@ def _speeds(
                 times[name].append(run(context))
         for name in runs:
             found[name].append(1 / median(times[name]))
+    torch.set_num_threads(threads)
     return found
 
 

@@ -106,8 +106,9 @@ def load(folder: Path, *, workers: int, backend: str) -> "FlashModel":
         cache = settings["cache"]
     except KeyError as error:
         raise UserError(f"{folder} is broken: it lacks {error.args[0]!r}") from error
+    device = "cuda" if backend == "cuda" else "cpu"
     return FlashModel(
-        make_backend(spec, weights, cache=cache, workers=workers, backend=backend),
+        make_backend(spec, weights, cache=cache, workers=workers, backend=backend, device=device),
         config=AutoConfig.from_pretrained(folder),
         generation_config=GenerationConfig.from_pretrained(folder),
         **named,

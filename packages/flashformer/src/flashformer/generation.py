@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from flashformer.cache import KVCache
+from flashformer.sampling import COLDEST, check_seed
 from tenfold_common.errors import UserError, suggest
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ _REFUSED = {
     "penalty_alpha": ((None, 0, 0.0), "contrastive search"),
     "prompt_lookup_num_tokens": ((None,), "prompt lookup"),
     "dola_layers": ((None,), "DoLa"),
+    "guidance_scale": ((None, 1, 1.0), "guidance"),
+    "assistant_early_exit": ((None,), "assisted generation"),
     "output_attentions": ((None, False), "attention weights"),
     "output_hidden_states": ((None, False), "hidden states"),
 }
@@ -72,6 +75,10 @@ def generate(
     named: dict[str, Any],
 ) -> Any:
     """Do what `FlashModel.generate` says."""
+    if "inputs" in named:  # what transformers calls it
+        if input_ids is not None:
+            raise UserError("inputs and input_ids are the same; give one of them")
+        input_ids = named.pop("inputs")
     ids = _checked(model, input_ids, attention_mask)
     tokenizer = named.pop("tokenizer", None)
     config = _config(model, generation_config, named)
@@ -214,7 +221,13 @@ def _checked(
 
     if input_ids is None:
         raise UserError("generate needs input_ids, [1, n] with n >= 1")
-    ids = torch.as_tensor(input_ids)
+    try:
+        ids = torch.as_tensor(input_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"input_ids must be [1, n] whole numbers, not {type(input_ids).__name__}; the output "
+            f"of a tokenizer has them as .input_ids ({error})"
+        ) from error
     if ids.ndim == 1:
         ids = ids[None]
     if ids.ndim != 2 or ids.shape[1] == 0:
@@ -247,6 +260,9 @@ def _config(
             "transformers model"
         )
     config = copy.deepcopy(given if given is not None else model.generation_config)
+    if given is not None:  # as in transformers, what it leaves open is as the model has it
+        defaults = model.generation_config.to_dict()
+        config.update(**defaults, defaults_only=True, allow_custom_entries=True)
     unknown = config.update(**named)
     if unknown:
         name = next(iter(unknown))
@@ -263,13 +279,28 @@ def _config(
 
 def _check_sampling(config: "GenerationConfig", seed: int | None) -> None:
     temperature = config.temperature
-    if config.do_sample and temperature is not None and not 0 < temperature < float("inf"):
+    number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if (
+        config.do_sample
+        and temperature is not None
+        and not (number and COLDEST <= temperature < float("inf"))
+    ):
         raise UserError(
-            f"temperature must be a finite number above 0, not {temperature!r}; do_sample=False "
-            "always takes the most likely token"
+            f"temperature must be a finite number of at least {COLDEST}, not {temperature!r}; "
+            "do_sample=False always takes the most likely token"
         )
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise UserError(f"seed must be a whole number, not {seed!r}")
+    check_seed(seed)
+    for name in ("max_new_tokens", "max_length", "top_k", "num_return_sequences"):
+        value = getattr(config, name, None)
+        least = 0 if name == "top_k" else 1
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < least
+        ):
+            raise UserError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    ends = config.eos_token_id
+    for end in ends if isinstance(ends, list | tuple) else [] if ends is None else [ends]:
+        if isinstance(end, bool) or not isinstance(end, int):
+            raise UserError(f"eos_token_id must be a token or a list of them, not {ends!r}")
 
 
 def _new_tokens(model: "FlashModel", config: "GenerationConfig", length: int) -> int:

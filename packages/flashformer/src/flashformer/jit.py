@@ -31,7 +31,7 @@ def cache_folder() -> Path:
     named = os.environ.get("FLASHFORMER_CACHE")
     if named:
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flashformer"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashformer"
 
 
 def compiler() -> str:

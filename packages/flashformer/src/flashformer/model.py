@@ -1,7 +1,8 @@
 """`FlashModel`: a compiled model that decodes a token, or many, in one call."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from flashformer.backends.base import Backend
 from flashformer.cache import KVCache
 from flashformer.config import ModelSpec
 from flashformer.plan import Plan
+from flashformer.sampling import COLDEST, check_seed
 from flashformer.threads import Threads
 from tenfold_common.errors import UserError
 
@@ -58,7 +60,8 @@ class FlashModel:
         self.source = source
         self._rebuild = rebuild
         self._versions = _versions(source)
-        self._threads = Threads(self.plan.workers)
+        # Only the CPU back-end has threads to choose; the others take every worker always.
+        self._threads = Threads(self.plan.workers if backend.name.startswith("cpu") else 1)
 
     def __repr__(self) -> str:
         return (
@@ -118,7 +121,7 @@ class FlashModel:
         Raises:
             UserError: the token is out of range, or the cache is full or of another model.
         """
-        return self.feed([int(token)], cache), cache
+        return self.feed([_whole(token)], cache), cache
 
     def feed(
         self, tokens: "Sequence[int] | Tensor", cache: KVCache, *, every: bool = False
@@ -164,15 +167,18 @@ class FlashModel:
             The tokens chosen, `[<= steps]` int64. The last one is not in the cache.
 
         Raises:
-            UserError: as in `step`, or `steps` or `temperature` is out of range.
+            UserError: as in `step`, or `steps`, `temperature` or `seed` is out of range.
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise UserError(f"steps must be a whole number of at least 1, not {steps!r}")
-        if temperature is not None and not 0 < temperature < float("inf"):
-            raise UserError(f"temperature must be a finite number above 0, not {temperature!r}")
+        if temperature is not None and not COLDEST <= temperature < float("inf"):
+            raise UserError(f"temperature must be at least {COLDEST} and finite: {temperature!r}")
+        check_seed(seed)
+        if isinstance(ends, str) or not isinstance(ends, Sequence):
+            raise UserError(f"ends must be a list of tokens, not {ends!r}")
         import torch
 
-        given = self._checked([int(token)])
+        given = self._checked([_whole(token)])
         self._check_cache(cache)
         cache.check_room(steps)
         parts: list[Tensor] = []
@@ -223,6 +229,11 @@ class FlashModel:
         return found.to(self.device, torch.int64).contiguous()
 
     def _check_cache(self, cache: KVCache) -> None:
+        if not isinstance(cache, KVCache):
+            raise UserError(
+                f"a KVCache is needed, not {type(cache).__name__}; make one with new_cache() or "
+                "KVCache.from_transformers"
+            )
         if cache.spec != self.spec or cache.format != self.backend.cache_format:
             raise UserError(
                 "this cache is of another model or format; make one with new_cache(), or with "
@@ -290,17 +301,33 @@ class FlashModel:
         """Read a prompt into a cache and return the logits after its last token, `[V]` float32.
 
         Long prompts are read by the transformers model the model was compiled from, in one pass
-        with its own weights; short ones, and all of a model that was loaded, token by token.
+        with its own weights and in eval mode; short ones, and all of a model that was loaded, token
+        by token.
+
+        Raises:
+            UserError: as in `step`; weights changed since compiling; or the model was loaded, has
+                rotary positions that grow with the text, and the prompt is longer than it was made
+                for, so that its tokens would not be those of transformers.
         """
         import torch
 
+        self.check_fresh()
         tokens = self._checked(tokens)
+        self._check_cache(cache)
         cache.check_room(len(tokens))
+        if self.spec.growing and self.source is None:
+            end = cache.length + len(tokens)
+            if len(tokens) > 1 and end > self.spec.max_positions:
+                raise UserError(
+                    f"a prompt up to position {end} is over the {self.spec.max_positions} that the "
+                    "model was made for; with dynamic rotary positions it must be read in one "
+                    "pass, for which the transformers model is needed: compile it"
+                )
         if self.source is None or cache.length or len(tokens) <= FEED:
             return self.feed(tokens, cache)
         from transformers import DynamicCache
 
-        with torch.inference_mode():
+        with torch.inference_mode(), _as_new(self.source):
             out: Any = self.source(
                 tokens[None].to(self.source.device),
                 past_key_values=DynamicCache(),  # without a config: no layer slides
@@ -319,7 +346,8 @@ class FlashModel:
         """Refuse to go on with weights that are no longer those of the source.
 
         Raises:
-            UserError: they changed.
+            UserError: they changed. What is written through `.data` is noticed where the middle
+                element of a weight differs.
         """
         if _versions(self.source) != self._versions:
             raise UserError(
@@ -347,19 +375,24 @@ class FlashModel:
             tokenizer: Of transformers; saved beside it.
 
         Raises:
-            UserError: the folder is not empty and `overwrite` is not set, or it holds other files.
+            UserError: the folder is not empty and `overwrite` is not set, it holds other files, or
+                the weights changed since compiling.
         """
         from flashformer.files import save
 
+        self.check_fresh()
         save(self, Path(folder), overwrite=overwrite, tokenizer=tokenizer)
 
     def explain(self, *, gpu: str | None = None, position: int = 0) -> "Explanation":
         """Return what a token costs, stage by stage; see `flashformer.explain`."""
         from flashformer.roofline import explain
 
+        zeros = any(matrix.zeros for matrix in self.backend.packed.values())
         return explain(
-            self.spec, weights=self.weights, head=self.head, group=self.backend.group, gpu=gpu,
-            workers=None if gpu else self.plan.workers, position=position,
+            self.spec, weights=self.weights, head=self.head, group=self.backend.group or 128,
+            cache=self.backend.cache_format, zeros=zeros,
+            gpu=gpu, workers=None if gpu else self.plan.workers, position=position,
+            max_len=self.max_len,
         )  # fmt: skip
 
 
@@ -367,7 +400,36 @@ def _versions(source: "PreTrainedModel | None") -> int:
     """Return a number that grows when a weight is changed in place or replaced."""
     if source is None:
         return 0
-    return hash(tuple((p.data_ptr(), p._version) for p in source.parameters()))
+    found = []
+    for p in source.parameters():
+        version = 0 if p.is_inference() else p._version  # those of inference mode have none
+        found.append((p.data_ptr(), version, p.detach().view(-1)[p.numel() // 2].item()))
+    return hash(tuple(found))
+
+
+@contextmanager
+def _as_new(source: "PreTrainedModel") -> Iterator[None]:
+    """Put a model into eval mode, and rotary positions that grew with a text before back."""
+    training = [module for module in source.modules() if module.training]
+    rotary: Any = getattr(source.get_decoder(), "rotary_emb", None)
+    grown = getattr(rotary, "rope_type", None) == "dynamic"
+    if grown and rotary.max_seq_len_cached > rotary.original_max_seq_len:
+        rotary.register_buffer("inv_freq", rotary.original_inv_freq, persistent=False)
+        rotary.max_seq_len_cached = rotary.original_max_seq_len
+    try:
+        source.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _whole(token: "int | Tensor") -> int:
+    """Return a token as a whole number, refusing what is none."""
+    kind = getattr(token, "dtype", None)
+    if isinstance(token, bool | float) or (kind is not None and "int" not in str(kind)):
+        raise UserError(f"a token is a whole number, not {token!r}")
+    return int(token)
 
 
 def warn_training(model: "PreTrainedModel") -> None:

@@ -83,6 +83,17 @@ def partition(tiles: int, workers: int) -> tuple[int, ...]:
     return tuple(w * share + min(w, over) for w in range(workers + 1))
 
 
+def chunk_for(spec: ModelSpec, workers: int, max_len: int) -> int:
+    """Return the chunk of the attention that gives a long sequence's parts to all of a GPU.
+
+    Between 32 and 256 positions: a guess, not yet measured on a GPU.
+    """
+    chunk = 32
+    while chunk < CHUNK and 2 * chunk * workers <= max_len * spec.kv_heads:
+        chunk *= 2
+    return chunk
+
+
 @dataclass(frozen=True)
 class Plan:
     """All stages of a token, in order.

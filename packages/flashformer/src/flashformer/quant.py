@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 FORMATS = ("fp32", "bf16", "int8", "int4")
 GROUPS = (32, 64, 128)
 _TRIED = 21  # scales tried for each group of int4: the largest number falls on -11, ..., -6
+# The largest number of a matrix; below, scales would keep less than 8 bits (float16 ends at 2^-24).
+_LARGEST, _SMALLEST = 6 * 65504.0, 2.0**-13
 _BLOCK = 2**19  # numbers quantised at a time, so that trials find them in the cache
 
 
@@ -91,15 +93,16 @@ def default_head(weights: str) -> str:
     return "int8" if weights == "int4" else weights
 
 
-def check_format(name: str, group: int) -> None:
-    """Refuse an unknown format or group size.
+def check_format(name: str, group: int, what: str = "weights") -> None:
+    """Refuse an unknown format or group size; `what` is the argument's name.
 
     Raises:
         UserError: it is unknown.
     """
     if name not in FORMATS:
         raise UserError(
-            f"weights must be one of {', '.join(FORMATS)}, not {name!r}.{suggest(name, FORMATS)}"
+            f"{what} must be one of {', '.join(FORMATS)}, not {name!r}."
+            f"{suggest(str(name), FORMATS)}"
         )
     if group not in GROUPS:
         raise UserError(f"group_size must be one of {', '.join(map(str, GROUPS))}, not {group!r}")
@@ -133,17 +136,22 @@ def quantize(
     if format == "fp32":
         return Matrix(format, weight.float())
     if format == "bf16":
-        return Matrix(format, weight.to(torch.bfloat16))
+        low = weight.to(torch.bfloat16)
+        if not torch.isfinite(low).all():
+            raise UserError(f"{name} holds numbers that bf16 cannot: over 3.39e38; use fp32")
+        return Matrix(format, low)
     if format == "int8":
         scale = weight.float().abs().amax(1) / 127
         values = weight.float() / torch.where(scale > 0, scale, 1.0)[:, None]
         return Matrix(format, values.round().clamp(-127, 127).to(torch.int8), scale)
     rows, k = weight.shape
     if k % group:
+        fits = [str(g) for g in GROUPS if k % g == 0]
         raise UserError(
-            f"{name} has K = {k}, which group_size {group} does not divide; use a group_size of "
-            f"{' or '.join(str(g) for g in GROUPS if k % g == 0) or 'none: int8 instead'}"
+            f"{name} has K = {k}, which group_size {group} does not divide; use "
+            + (f"group_size {' or '.join(fits)}" if fits else "int8: no group_size divides it")
         )
+    _check_range(weight, name)
     grouped = weight.float().reshape(rows, k // group, group)
     if not symmetric:
         values, scale, zero = _asymmetric(grouped)
@@ -151,6 +159,18 @@ def quantize(
     parts = [_symmetric(part) for part in grouped.split(max(1, _BLOCK // k))]
     values, scale = (torch.cat(x) for x in zip(*parts, strict=True))
     return Matrix("int4", values.reshape(rows, k), scale, None, group)
+
+
+def _check_range(weight: "Tensor", name: str) -> None:
+    """Refuse a matrix whose int4 scales float16 cannot hold."""
+    if not weight.numel():
+        return
+    top = float(weight.float().abs().max())
+    if top > _LARGEST or 0 < top < _SMALLEST:
+        raise UserError(
+            f"the largest number of {name} is {top:.3g}; int4 keeps its scales in float16, for "
+            f"which it must be {_SMALLEST:.2g} to {_LARGEST:.3g}; use another format"
+        )
 
 
 def _symmetric(grouped: "Tensor") -> "tuple[Tensor, Tensor]":

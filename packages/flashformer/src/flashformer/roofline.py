@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from flashformer.config import ModelSpec
 from flashformer.pack import bytes_of
-from flashformer.plan import CHUNK, KINDS, TILE, Plan
-from flashformer.quant import default_head
+from flashformer.plan import CHUNK, KINDS, Plan, chunk_for
+from flashformer.quant import check_format, default_head
 from tenfold_common.errors import UserError, suggest
 
 
@@ -112,11 +112,13 @@ def explain(
     weights: str = "bf16",
     head: str | None = None,
     group: int = 128,
+    zeros: bool = False,
     cache: str = "bf16",
     gpu: str | None = None,
     workers: int | None = None,
     bandwidth: float | None = None,
     position: int = 0,
+    max_len: int | None = None,
 ) -> Explanation:
     """Return what a token of a model costs.
 
@@ -125,15 +127,35 @@ def explain(
         weights: Format of the matrices of the layers.
         head: Format of the head. Defaults to int8 for int4, else that of the weights.
         group: Of int4.
+        zeros: Whether int4 has zero points.
         cache: Format of keys and values.
         gpu: A key of `GPUS`, whose bandwidth and number of units are taken.
         workers: Of the plan. Defaults to the units of the GPU, else 1.
         bandwidth: Bytes a second; defaults to that of the GPU.
-        position: Positions before this one are read by the attention.
+        position: The attention reads this position and those before it.
+        max_len: The longest sequence, on which the parts of a GPU's attention depend. Defaults to
+            what the model was made for, at most 4096, and to no less than the position needs.
 
     Raises:
-        UserError: an unknown GPU.
+        UserError: an unknown GPU or format, or a number that is out of range.
     """
+    check_format(weights, group)
+    head = head or default_head(weights)
+    check_format(head, group, "head")
+    if cache not in ("fp32", "bf16"):
+        raise UserError(f"cache must be 'fp32' or 'bf16', not {cache!r}")
+    if isinstance(position, bool) or not isinstance(position, int) or position < 0:
+        raise UserError(f"position must be a whole number of at least 0, not {position!r}")
+    if position >= spec.max_positions:
+        raise UserError(
+            f"position {position} is behind the {spec.max_positions} that the model was made for"
+        )
+    if workers is not None and (
+        isinstance(workers, bool) or not isinstance(workers, int) or workers < 1
+    ):
+        raise UserError(f"workers must be a whole number of at least 1, not {workers!r}")
+    if bandwidth is not None and not 0 < bandwidth < float("inf"):
+        raise UserError(f"bandwidth must be over 0 bytes a second and finite, not {bandwidth!r}")
     if gpu is not None:
         if gpu.lower() not in GPUS:
             raise UserError(
@@ -141,31 +163,25 @@ def explain(
             )
         chosen = GPUS[gpu.lower()]
         workers, bandwidth = workers or chosen.units, bandwidth or chosen.bandwidth
-    head = head or default_head(weights)
-    chunk = CHUNK if gpu is None else gpu_chunk(spec, workers or 1, position)
+    room = max(max_len or min(spec.max_positions, 4096), position + 1)
+    chunk = CHUNK if gpu is None else chunk_for(spec, workers or 1, room)
     plan = Plan.make(spec, workers or 1, chunk=chunk)
     rows = []
     for kind in KINDS:
         stages = [s for s in plan.stages if s.kind == kind]
         if kind == "attention":
             size = sum(_cache_bytes(spec, layer, position, cache) for layer in range(spec.layers))
-            parts = len(plan.parts(0, position))
-            share = -(-parts // plan.workers) * plan.workers / parts
+            counts = [len(plan.parts(layer, position)) for layer in range(spec.layers)]
+            share = max(-(-parts // plan.workers) * plan.workers / parts for parts in counts)
         else:
             format = head if kind == "head" else weights
             k = -(-stages[0].k // 32) * 32
-            size = sum(s.first[-1] * bytes_of(format, k, group) for s in stages)
+            size = sum(s.first[-1] * bytes_of(format, k, group, zeros) for s in stages)
             share = plan.imbalance(kind)
         barriers = len(stages) if plan.workers > 1 else 0
         seconds = None if bandwidth is None else size / bandwidth
         rows.append(Row(kind, len(stages), size, seconds, barriers, share))
     return Explanation(tuple(rows), plan.workers, bandwidth, position)
-
-
-def gpu_chunk(spec: ModelSpec, workers: int, position: int) -> int:
-    """Return a chunk that gives every worker of a GPU a part of the attention, at least 16 long."""
-    wanted = (position + 1) * spec.kv_heads / workers
-    return max(TILE, min(CHUNK, -(-int(wanted) // TILE) * TILE))
 
 
 def _cache_bytes(spec: ModelSpec, layer: int, position: int, cache: str) -> int:

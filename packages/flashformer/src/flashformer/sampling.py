@@ -11,9 +11,22 @@ from tenfold_common.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+COLDEST = 1e-4  # temperature; below, logits would overflow
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = np.uint64(0xFFFFFFFF)
+
+
+def check_seed(seed: int | None) -> None:
+    """Refuse a seed that torch would not take.
+
+    Raises:
+        UserError: it is no whole number of 64 bits.
+    """
+    if seed is None:
+        return
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise UserError(f"seed must be a whole number of at most 64 bits, not {seed!r}")
 
 
 def philox(seed: int, step: int, count: int) -> NDArray[np.uint32]:

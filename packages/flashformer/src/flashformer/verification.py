@@ -71,6 +71,9 @@ def verify(
     """
     import torch
 
+    if not hasattr(model, "spec") or not hasattr(reference, "config"):
+        raise UserError("verify takes the compiled model, then the transformers model")
+    model.check_fresh()
     if reference.config.vocab_size != model.spec.vocab:
         raise UserError(
             f"the reference has {reference.config.vocab_size} tokens, the model {model.spec.vocab}"
@@ -80,7 +83,17 @@ def verify(
     if prompt is None:
         start = reference.config.bos_token_id
         prompt = torch.tensor([0 if start is None else start])
-    ids = prompt.reshape(-1).to(reference.device)
+    ids = torch.as_tensor(prompt)
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.ndim != 1 or not len(ids):
+        raise UserError(f"prompt must be [k] or [1, k] with k >= 1, not of shape {list(ids.shape)}")
+    ids = ids.to(reference.device)
+    if model.spec.growing and len(ids) + n > model.spec.max_positions:
+        raise UserError(
+            f"behind {model.spec.max_positions} positions the rotary positions of this model grow "
+            "with the text, so that logits depend on how it is cut into calls; compare less"
+        )
     if len(ids) + n > model.max_len:
         raise UserError(f"{len(ids)} tokens and {n} more are over max_len {model.max_len}")
     text = greedy(reference, ids, n)

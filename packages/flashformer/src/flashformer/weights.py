@@ -1,7 +1,7 @@
 """The weights of a model as the plan wants them: fused, checked, in the formats asked for."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +162,11 @@ def read_weights(
                 down_bias=biases(mlp, down, wanted=spec.mlp_bias),
             )
         )
+    if cos_sin[0].shape[1] != spec.rotary // 2:
+        raise UserError(
+            f"the model's rotary module turns {2 * cos_sin[0].shape[1]} elements of a head, its "
+            f"config says {spec.rotary}: a transformers version that this one does not know"
+        )
     embedding = tensor("model.embed_tokens.weight", spec.vocab, spec.hidden)
     wide = embedding.dtype != torch.bfloat16 or format == "fp32"
     embedding = embedding.to(torch.float32 if wide else torch.bfloat16, copy=True)
@@ -175,6 +180,29 @@ def read_weights(
         cos=cos_sin[0],
         sin=cos_sin[1],
     )
+
+
+def left_out(spec: ModelSpec, names: "Iterable[str]", used: "Container[str]") -> list[str]:
+    """Return the weights that a model of this spec does not use, of those by name."""
+    return [
+        name
+        for name in sorted(names)
+        if name not in used
+        and not name.endswith("rotary_emb.inv_freq")
+        and not (spec.tied and name == "lm_head.weight")
+    ]
+
+
+class Seen(dict[str, "Tensor"]):
+    """A state dict that notes what was asked for, in `used`."""
+
+    def __init__(self, state: "Mapping[str, Tensor]") -> None:
+        super().__init__(state)
+        self.used: set[str] = set()
+
+    def __getitem__(self, name: str) -> "Tensor":
+        self.used.add(name)
+        return super().__getitem__(name)
 
 
 def rotary_tables(model: "PreTrainedModel", positions: int) -> "tuple[Tensor, Tensor]":
@@ -211,13 +239,29 @@ def check_model(model: "PreTrainedModel") -> None:
     """Refuse a model whose weights cannot be read as they are.
 
     Raises:
-        UserError: it is wrapped by peft, quantised, offloaded or spread over devices.
+        UserError: it is no causal LM of transformers, has a forward pass of its own, is wrapped by
+            peft or torch.compile, quantised, offloaded or spread over devices.
     """
     import torch
+    from transformers import PreTrainedModel
 
+    if isinstance(model, str):
+        raise UserError(f"compile takes a model; for the name {model!r} call from_pretrained")
+    if hasattr(model, "_orig_mod"):
+        raise UserError("the model is wrapped by torch.compile; pass it as it was before")
     if hasattr(model, "peft_config") or type(model).__module__.startswith("peft."):
         raise UserError(
             "the model carries a peft adapter; merge it first: model = model.merge_and_unload()"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise UserError(f"compile takes a causal LM of transformers, not {type(model).__name__}")
+    if model.get_output_embeddings() is None:
+        raise UserError(
+            f"{type(model).__name__} has no head; load the model with AutoModelForCausalLM"
+        )
+    if not type(model).forward.__module__.startswith("transformers."):
+        raise UserError(
+            f"{type(model).__name__} has a forward pass of its own, which would be left out"
         )
     if getattr(model, "is_quantized", False):
         method = getattr(getattr(model.config, "quantization_config", None), "quant_method", "?")

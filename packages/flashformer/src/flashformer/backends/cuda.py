@@ -26,7 +26,6 @@ from flashformer.backends.cuda_build import (
     Form,
     State,
     arch_of,
-    chunk_for,
     compile_for,
 )
 from flashformer.backends.cuda_run import (
@@ -39,7 +38,7 @@ from flashformer.backends.cuda_run import (
 from flashformer.config import ModelSpec
 from flashformer.cuda_driver import TOO_LARGE, CudaError
 from flashformer.pack import Packed
-from flashformer.plan import Plan
+from flashformer.plan import Plan, chunk_for
 from flashformer.quant import default_head
 from flashformer.weights import ModelWeights
 from tenfold_common.errors import UserError

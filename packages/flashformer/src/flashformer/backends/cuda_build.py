@@ -293,17 +293,6 @@ def sources(header_text: str) -> dict[str, str]:
     return {**texts, "spec.h": header_text}
 
 
-def chunk_for(spec: ModelSpec, workers: int, max_len: int) -> int:
-    """Return the chunk of the attention that gives a long sequence's parts to all workers.
-
-    Between 32 and 256 positions: a guess, not yet measured on a GPU.
-    """
-    chunk = 32
-    while chunk < 256 and 2 * chunk * workers <= max_len * spec.kv_heads:
-        chunk *= 2
-    return chunk
-
-
 def forms_of(weights: ModelWeights) -> dict[str, Form]:
     """Return the form of each product's matrix.
 

@@ -1,6 +1,7 @@
 // A tile of 16 rows times a vector, for each format of weights. The weights are one linear stream.
 #pragma once
 #include <algorithm>
+#include <limits>
 
 #include "model.hpp"
 #include "simd.hpp"
@@ -19,16 +20,27 @@ struct Input {
   int32_t* sums;
 };
 
-// x = scale * q with q in -127..127, group by group; what is over k is zero.
+// x = scale * q with q in -127..127, group by group; what is over k is zero. A group that is not
+// finite gets the scale NaN, so that the logits say so.
 inline void quantise(const Input& x, int k_padded, int group) {
   for (int start = 0, g = 0; start < k_padded; start += group, ++g) {
     const int size = std::min(group, k_padded - start);  // a multiple of 32
     const float* v = x.values + start;
-    F most = zero();
-    for (int i = 0; i < size; i += LANES) most = vmax(most, vmax(load(v + i), zero() - load(v + i)));
+    F most = zero(), odd = zero();  // odd becomes NaN where x is NaN or infinite: maxima pass it over
+    for (int i = 0; i < size; i += LANES) {
+      most = vmax(most, vmax(load(v + i), zero() - load(v + i)));
+      odd = fma(load(v + i), zero(), odd);
+    }
+    alignas(64) float whole[LANES];
+    store(whole, odd);
+    if (!std::all_of(whole, whole + LANES, [](float f) { return f == 0.0f; })) {
+      std::fill_n(x.quantised + start, size, int8_t(0));
+      x.scales[g] = std::numeric_limits<float>::quiet_NaN();
+      x.sums[g] = 0;
+      continue;
+    }
     const float top = largest(most);
     const F inverse = all(top > 0 ? 127.0f / top : 0.0f);
-    alignas(64) float whole[LANES];
     int32_t total = 0;
     for (int i = 0; i < size; i += LANES) {
       store(whole, nearest(load(v + i) * inverse));

@@ -66,22 +66,22 @@ class Barrier {
 
 class Pool {
  public:
-  explicit Pool(int threads) {
-    for (int i = 1; i < threads; ++i) threads_.emplace_back([this, i] { work(i); });
+  explicit Pool(int threads) : bells_(threads) {
+    for (int i = 1; i < threads; ++i) threads_.emplace_back([this, i] { work(bells_[i], i); });
   }
   ~Pool() {
     stop_ = true;
-    change(job_number_, sleepers_);
+    for (auto& bell : bells_) change(bell.number, bell.sleepers);
     for (auto& thread : threads_) thread.join();
   }
   int size() const { return int(threads_.size()) + 1; }
 
-  // Calls job(0) here and job(1) to job(threads - 1) in the others; returns when all are done.
+  // Calls job(0) here and job(1) to job(threads - 1) in as many others; returns when all are done.
+  // The rest sleep on.
   void run(int threads, const std::function<void(int)>& job) {
     job_ = &job;
-    wanted_ = threads;
-    running_.store(size() - 1);
-    change(job_number_, sleepers_);
+    running_.store(threads - 1);
+    for (int i = 1; i < threads; ++i) change(bells_[i].number, bells_[i].sleepers);
     job(0);
     while (running_.load(std::memory_order_acquire)) {
       for (int i = 0; i < SPINS && running_.load(std::memory_order_acquire); ++i) relax();
@@ -91,23 +91,24 @@ class Pool {
   Barrier barrier;
 
  private:
-  void work(int index) {
-    uint32_t seen = 0;
-    for (;;) {
-      await_change(job_number_, seen, sleepers_, SPINS, [] {});
-      ++seen;
+  struct alignas(64) Bell {  // one a thread: how many jobs it was called to
+    std::atomic<uint32_t> number{0};
+    std::atomic<int> sleepers{0};
+  };
+
+  void work(Bell& bell, int index) {
+    for (uint32_t seen = 0;; ++seen) {
+      await_change(bell.number, seen, bell.sleepers, SPINS, [] {});
       if (stop_) return;
-      if (index < wanted_) (*job_)(index);
+      (*job_)(index);
       running_.fetch_sub(1, std::memory_order_release);
     }
   }
 
+  std::vector<Bell> bells_;
   std::vector<std::thread> threads_;
   const std::function<void(int)>* job_ = nullptr;
-  int wanted_ = 0;
   std::atomic<bool> stop_{false};
-  alignas(64) std::atomic<uint32_t> job_number_{0};
-  alignas(64) std::atomic<int> sleepers_{0};
   alignas(64) std::atomic<int> running_{0};
 };
 

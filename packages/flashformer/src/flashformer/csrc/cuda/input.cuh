@@ -88,21 +88,26 @@ FF_DEVICE void quantise(const Input& x, At at, int thread) {
   constexpr int SIZE = A::format == INT8 ? ACTIVATION_GROUP : A::group, EACH = SIZE / 32;
   const int lane = thread % 32;
   for (int g = thread / 32; g * SIZE < A::k_padded; g += spec::WARPS) {
-    float mine[EACH], top = 0.0f;
+    float mine[EACH], top = 0.0f, odd = 0.0f;  // odd becomes NaN where x is: fmaxf passes it over
 #pragma unroll
     for (int j = 0; j < EACH; ++j) {
       const int i = g * SIZE + 32 * j + lane;
       mine[j] = i < A::k ? at(i) : 0.0f;
       top = fmaxf(top, fabsf(mine[j]));
+      odd += mine[j] * 0.0f;
     }
-    for (int mask = 16; mask; mask /= 2) top = fmaxf(top, shuffle_xor(top, mask));
-    const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    for (int mask = 16; mask; mask /= 2) {
+      top = fmaxf(top, shuffle_xor(top, mask));
+      odd += shuffle_xor(odd, mask);
+    }
+    const bool finite = odd == 0.0f;
+    const float inverse = top > 0.0f && finite ? 127.0f / top : 0.0f;
 #pragma unroll
     for (int j = 0; j < EACH; ++j) {
       const int i = g * SIZE + 32 * j + lane;
-      if (i < A::k_padded) x.quantised[i] = i8(int(rintf(mine[j] * inverse)));
+      if (i < A::k_padded) x.quantised[i] = finite ? i8(int(rintf(mine[j] * inverse))) : i8(0);
     }
-    if (lane == 0) x.scales[g] = top / 127.0f;
+    if (lane == 0) x.scales[g] = top / 127.0f + odd;
   }
 }
 
