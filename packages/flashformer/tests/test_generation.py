@@ -247,6 +247,7 @@ def test_scores_and_logits_on_request(pair, prompt, named):
 @pytest.mark.parametrize(
     "named",
     [
+        {},  # not nothing: transformers takes the best 50 where top_k is not given
         {"top_k": 5},
         {"top_p": 0.7},
         {"min_p": 0.1, "temperature": 2.0},

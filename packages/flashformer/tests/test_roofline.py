@@ -79,6 +79,8 @@ def test_barriers_and_rows():
     assert found.rows[2].imbalance == pytest.approx(132 / 128)
     assert found.rows[1].imbalance == pytest.approx(132 / 8)  # eight parts for 132 workers
     assert found.bytes == sum(row.bytes for row in found.rows)
+    few = ff.explain(LLAMA_1B, workers=3).rows[1]
+    assert few.imbalance == pytest.approx(3 * 3 / 8)  # eight parts: three workers take 3, 3 and 2
 
 
 def test_without_a_bandwidth_there_are_no_times():

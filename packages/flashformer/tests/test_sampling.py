@@ -56,6 +56,27 @@ def test_gumbel_noise_has_its_mean_and_variance():
     assert noise.max() < 22.9  # MOST_NOISE in decode.cpp
 
 
+def test_no_word_gives_infinite_noise(monkeypatch):
+    words = np.array([0, 2**32 - 1], dtype=np.uint32)
+    monkeypatch.setattr("flashformer.sampling.philox", lambda seed, step, count: words)
+    noise = gumbel(0, 0, 2)
+    assert np.isfinite(noise).all()
+    assert 22.0 < noise.max() < 22.9  # MOST_NOISE in decode.cpp
+
+
+def test_native_draws_are_these_draws_also_where_the_noise_is_large(kit):
+    """Of 4096 tokens the best noise is over 8 in most draws."""
+    spec, weights = kit.weights(kit.model(vocab_size=4096))
+    native = CPUBackend(Plan.make(spec, 1), weights, cache_format="fp32")
+    cache, logits = KVCache(spec, 64, format="fp32"), torch.empty(60, 4096)
+    found = native.decode(
+        cache.keys, cache.values, torch.tensor([3]), position=0, new=60, logits=logits, threads=1,
+        temperature=50.0, seed=1,
+    )  # fmt: skip
+    assert found.tolist() == [choose(logits[s], 50.0, 1, s) for s in range(60)]
+    assert sum(gumbel(1, s, 4096).max() > 8 for s in range(60)) > 30
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_are_distributed_as_the_softmax(temperature):
     noise = torch.Generator().manual_seed(3)
