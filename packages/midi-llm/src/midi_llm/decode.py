@@ -1,0 +1,521 @@
+"""Music from a text-to-music model: batched decoding that the grammar keeps legal.
+
+All sequences of a batch start their music together, so they are always at the same slot of an
+event; of the head only the rows of that slot are multiplied.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from midi_llm.anticipate import REST, events_of, notes_of_events
+from midi_llm.grammar import Allowed, GenerationConstraints, Grammar, Rules
+from midi_llm.midi_io import Notes, Style, notes_of_score, to_score, write_midi
+from midi_llm.modeling import TextMidiProcessor
+from tenfold_common.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from symusic.core import ScoreTick
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next id is drawn from those allowed.
+
+    Attributes:
+        temperature: 0 always takes the most likely one (the lowest among equals).
+        top_p: Draws from the fewest ids whose probabilities reach this sum.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.98
+
+    def __post_init__(self) -> None:
+        """Check the fields; raises UserError."""
+        for name, low, high in (("temperature", 0, 100), ("top_p", 0, 1)):
+            value = getattr(self, name)
+            if (
+                isinstance(value, bool)
+                or not low <= value <= high
+                or (name == "top_p" and not value)
+            ):
+                raise UserError(f"{name} must be within {low} and {high}, not {value!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class MidiOutput:
+    """A piece that was generated.
+
+    Attributes:
+        prompt: The text it was generated from.
+        notes: What sounds.
+        ids: Music ids that were generated, controls among them.
+        finish_reason: "stop" (the model ended it), "length" (max_notes), or "end_time" (no later
+            note is possible).
+        style: Tempo, metre and key that files get.
+    """
+
+    prompt: str
+    notes: Notes
+    ids: tuple[int, ...]
+    finish_reason: str
+    style: Style = field(default_factory=Style)
+
+    @property
+    def score(self) -> "ScoreTick":
+        """The piece as a `symusic.Score`."""
+        return to_score(self.notes, self.style)
+
+    @property
+    def seconds(self) -> float:
+        """When its last note ends."""
+        return self.notes.end
+
+    def save(self, path: "str | PathLike[str]") -> Path:
+        """Write it as a MIDI file and return where."""
+        write_midi(self.notes, path, self.style)
+        return Path(path)
+
+
+class MidiLM:
+    """A text-to-music model of transformers with its processor.
+
+    Args:
+        model: A causal LM with music ids, in eval mode.
+        processor: Its processor.
+    """
+
+    def __init__(self, model: "PreTrainedModel", processor: TextMidiProcessor) -> None:
+        processor.check_model(model)
+        self.model, self.processor = model, processor
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: "str | PathLike[str]", *, device: str = "auto", dtype: Any = "auto"
+    ) -> "MidiLM":
+        """Load a model's folder.
+
+        Raises:
+            UserError: the folder is missing, or holds no text-to-music model.
+        """
+        from transformers import AutoModelForCausalLM
+
+        from tenfold_common.device import resolve_device
+
+        processor = TextMidiProcessor.from_pretrained(folder)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{folder} holds no model that can be read: {error}") from error
+        return cls(model.eval().to(resolve_device(device).value), processor)
+
+    def save_pretrained(self, folder: "str | PathLike[str]") -> None:
+        """Write the model and its processor into a folder."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    def generate(
+        self,
+        prompts: "str | Sequence[str]",
+        *,
+        n: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 0.98,
+        max_notes: int = 682,
+        constraints: GenerationConstraints | None = None,
+        style: Style | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> list[MidiOutput]:
+        """Write music for texts.
+
+        Args:
+            prompts: A text, or several.
+            n: Pieces for each of them.
+            temperature: See `Sampling`.
+            top_p: See `Sampling`.
+            max_notes: Events of a piece at most, rests included.
+            constraints: What every piece must keep to.
+            style: Tempo, metre and key written into files; sounds do not depend on it.
+            batch_size: Sequences that are decoded together.
+            seed: Of the draws; a piece's draws do not depend on the others.
+
+        Returns:
+            `len(prompts) * n` pieces, those of the first prompt first.
+
+        Raises:
+            UserError: a prompt is empty or too long, an argument is out of range, or the
+                constraints leave nothing to play.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not texts:
+            raise UserError("there are no prompts")
+        for name, value in (("n", n), ("max_notes", max_notes), ("batch_size", batch_size)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if n > 1 and temperature == 0:
+            raise UserError("with temperature 0 all n pieces would be the same; ask for one")
+        rules = Rules(self.processor.amt, constraints)
+        ids = [self.processor.encode(text) for text in texts]
+        max_events = self._room(ids, max_notes)
+        rows = [
+            (ids[i], Grammar(rules, max_events=max_events))
+            for i in range(len(texts))
+            for _ in range(n)
+        ]
+        found = self._decode(rows, Sampling(temperature, top_p), batch_size, seed)
+        style = style or Style(key=constraints.key if constraints else None)
+        return [
+            self._output(texts[i // n], music, grammar, style)
+            for i, (music, (_, grammar)) in enumerate(zip(found, rows, strict=True))
+        ]
+
+    def infill(
+        self,
+        source: "ScoreTick | Notes",
+        *,
+        start: float,
+        end: float,
+        prompt: str,
+        keep_instruments: "Sequence[int | str]" = (),
+        temperature: float = 1.0,
+        top_p: float = 0.98,
+        constraints: GenerationConstraints | None = None,
+        style: Style | None = None,
+        seed: int = 0,
+    ) -> MidiOutput:
+        """Write a span of a piece anew, with everything around it known.
+
+        What stands before the span is the context; what stands behind it, and within it of the
+        instruments to keep, is given as controls five seconds ahead (section 3 of AMT).
+
+        Args:
+            source: The piece; what is behind the grid's last second is kept as it is.
+            start: Second at which the span begins.
+            end: Second at which it ends.
+            prompt: The text.
+            keep_instruments: Of these the notes of the span stay.
+            temperature: See `Sampling`.
+            top_p: See `Sampling`.
+            constraints: What the new notes must keep to.
+            style: Tempo, metre and key of files.
+            seed: Of the draws.
+
+        Raises:
+            UserError: the grid has no controls, or the span is empty or outside of it.
+        """
+        amt = self.processor.amt
+        amt.anticipate  # noqa: B018 - raises where the grid has no controls
+        if not 0 <= start < end <= amt.max_time:
+            raise UserError(
+                f"the span must rise within 0 to {amt.max_time} s, not {start} to {end}"
+            )
+        from midi_llm.vocab import instrument_number
+
+        notes = source if isinstance(source, Notes) else notes_of_score(source)
+        inside = (notes.onset >= start) & (notes.onset < end)
+        kept = np.isin(notes.instrument, [instrument_number(i) for i in keep_instruments])
+        known = notes[~inside | kept]
+        within = known[known.onset < amt.max_time]
+        events = events_of(within, amt)
+        before = events[within.onset < start]
+        controls = events[within.onset >= start]
+        given = dict(constraints.to_dict()) if constraints else {}
+        given["end_time"] = min(end, given.get("end_time", end))
+        rules = Rules(amt, GenerationConstraints.from_dict({**given, "min_notes": 0}))
+        context, flags = _interleaved(before, controls, amt)
+        done = controls[int(flags.sum()) :]
+        ids = [*self.processor.encode(prompt, controls=True), *(self.processor.offset + context)]
+        first = int(np.floor(start * amt.resolution))
+        room = self._room([ids], 10**6)
+        grammar = Grammar(rules, max_events=room, given=before, controls=done, start=first)
+        music = self._decode([(ids, grammar)], Sampling(temperature, top_p), 1, seed)[0]
+        new = notes_of_events(np.array(grammar.events, np.int64).reshape(-1, 3), amt)
+        return MidiOutput(
+            prompt, _merged(known, new), tuple(music), grammar.finish_reason or "stop",
+            style or Style(),
+        )  # fmt: skip
+
+    def continue_(
+        self,
+        source: "ScoreTick | Notes",
+        *,
+        seconds: float,
+        prompt: str,
+        temperature: float = 1.0,
+        top_p: float = 0.98,
+        constraints: GenerationConstraints | None = None,
+        style: Style | None = None,
+        seed: int = 0,
+    ) -> MidiOutput:
+        """Go on with a piece, past the end of the grid too: the context slides along.
+
+        Args:
+            source: The piece.
+            seconds: How much to add at least, unless the model ends the piece.
+            prompt: The text.
+            temperature: See `Sampling`.
+            top_p: See `Sampling`.
+            constraints: What the new notes must keep to; `end_time` counts from the beginning of
+                what is new.
+            style: Tempo, metre and key of files.
+            seed: Of the draws.
+
+        Raises:
+            UserError: `seconds` is not above 0, or as of `generate`.
+        """
+        if not 0 < seconds < 3600:
+            raise UserError(f"seconds must be over 0 and under 3600, not {seconds!r}")
+        amt = self.processor.amt
+        notes = source if isinstance(source, Notes) else notes_of_score(source)
+        begins, reason, music = notes.end, "stop", []
+        wanted = begins + seconds
+        half = amt.max_time / 2
+        text = self.processor.encode(prompt)
+        while notes.end < wanted:
+            # The last half of the grid's time, or as much as fits, is what the model hears.
+            since = max(0.0, np.floor(notes.end - half))
+            heard = notes[notes.onset >= since]
+            shifted = Notes(heard.onset - since, *heard.columns[1:])
+            events = events_of(shifted, amt)
+            longest = max(1, self._context(len(text)) // 6)
+            events = events[-longest:]
+            if len(events):
+                late = int(events[0, 0])
+                events[:, 0] -= late
+                since += late / amt.resolution
+            from midi_llm.anticipate import ids_of, pad_rests
+
+            context = ids_of(pad_rests(events, amt), amt)
+            ids = [*text, *(self.processor.offset + context)]
+            until = min(wanted - since + 1.0, float(amt.max_time))
+            given = dict(constraints.to_dict()) if constraints else {}
+            if "end_time" in given:
+                until = min(until, begins + given["end_time"] - since)
+            if until * amt.resolution <= events[-1, 0] if len(events) else until <= 0:
+                break
+            rules = Rules(
+                amt, GenerationConstraints.from_dict({**given, "end_time": until, "min_notes": 0})
+            )
+            grammar = Grammar(rules, max_events=self._room([ids], 10**6), given=events)
+            music += self._decode([(ids, grammar)], Sampling(temperature, top_p), 1, seed)[0]
+            new = notes_of_events(np.array(grammar.events, np.int64).reshape(-1, 3), amt)
+            reason = grammar.finish_reason or "stop"
+            if not len(new):
+                break
+            notes = _merged(notes, Notes(new.onset + since, *new.columns[1:]))
+            if reason == "stop":
+                break
+            seed += 1
+        return MidiOutput(prompt, notes, tuple(music), reason, style or Style())
+
+    # Within
+
+    def _context(self, text: int) -> int:
+        longest = getattr(self.model.config, "max_position_embeddings", None) or 2048
+        return int(longest) - text
+
+    def _room(self, ids: Sequence[Sequence[int]], wanted: int) -> int:
+        """Return how many events fit behind prompts."""
+        longest = max(len(row) for row in ids)
+        room = self._context(longest) // 3
+        if room < 1:
+            raise UserError(
+                f"a prompt has {longest} ids, but the model reads "
+                f"{self._context(0)} and an event needs 3; shorten the prompt"
+            )
+        if wanted > room and wanted < 10**6:
+            warnings.warn(f"max_notes is {wanted}, but {room} fit behind the prompt", stacklevel=3)
+        return min(wanted, room)
+
+    def _output(self, prompt: str, ids: list[int], grammar: Grammar, style: Style) -> MidiOutput:
+        events = np.array(grammar.events, np.int64).reshape(-1, 3)
+        notes = notes_of_events(events, self.processor.amt)
+        return MidiOutput(prompt, notes, tuple(ids), grammar.finish_reason or "stop", style)
+
+    def _decode(
+        self,
+        rows: "list[tuple[list[int], Grammar]]",
+        sampling: Sampling,
+        batch_size: int,
+        seed: int,
+    ) -> list[list[int]]:
+        found: list[list[int]] = []
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            found += decode(
+                self.model, [ids for ids, _ in part], [grammar for _, grammar in part],
+                self.processor.offset, sampling,
+                seeds=[(seed * 1_000_003 + start + i) % 2**63 for i in range(len(part))],
+                pad=self.processor.offset + self.processor.amt.size,
+            )  # fmt: skip
+        return found
+
+
+def decode(
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    grammars: Sequence[Grammar],
+    offset: int,
+    sampling: Sampling,
+    *,
+    seeds: Sequence[int],
+    pad: int,
+    sliced: bool = True,
+    each: "Callable[[int, int], None] | None" = None,
+) -> list[list[int]]:
+    """Decode a batch, every sequence by its own grammar.
+
+    Args:
+        model: A causal LM; its head may have a bias.
+        prompts: Ids of the model, each ending before an onset.
+        grammars: Their states; they are advanced.
+        offset: Of the music ids.
+        sampling: How ids are drawn.
+        seeds: Of each sequence's draws.
+        pad: An id to pad prompts with, on the left.
+        sliced: Multiply only the head's rows of the slot; else all, for comparison.
+        each: Called with (sequence, music id) as ids come.
+
+    Returns:
+        The music ids of each.
+
+    Raises:
+        UserError: logits are NaN, or constraints leave nothing.
+    """
+    import torch
+
+    device = model.device
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    draws = [torch.Generator(device=device).manual_seed(s) for s in seeds]
+    head: Any = model.get_output_embeddings()
+    found: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
+    cache: Any = None
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        while alive:
+            out = model.base_model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                use_cache=True,
+            )  # fmt: skip
+            cache, hidden = out.past_key_values, out.last_hidden_state[:, -1]
+            allowed = [grammars[row].allowed() for row in alive]
+            chosen = _choose(
+                hidden, head, allowed, offset, sampling, [draws[r] for r in alive], sliced
+            )
+            for row, token in zip(alive, chosen, strict=True):
+                grammars[row].push(token)
+                found[row].append(token)
+                if each is not None:
+                    each(row, token)
+            left = [i for i, row in enumerate(alive) if not grammars[row].finished]
+            if not left:
+                break
+            tokens = torch.tensor([[offset + chosen[i]] for i in left], device=device)
+            if len(left) < len(alive):
+                kept = torch.tensor(left, device=device)
+                cache.batch_select_indices(kept)
+                mask = mask[kept]
+                alive = [alive[i] for i in left]
+            ids = tokens
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+            positions = mask.sum(1, keepdim=True) - 1
+    return found
+
+
+def _choose(
+    hidden: "Tensor",
+    head: Any,
+    allowed: list[Allowed],
+    offset: int,
+    sampling: Sampling,
+    draws: "list[torch.Generator]",
+    sliced: bool,
+) -> list[int]:
+    """Choose an id for each row from what it may go on with."""
+    import torch
+
+    start, stop = min(a.start for a in allowed), max(a.stop for a in allowed)
+    if all(a.stop - a.start == 1 and a.extra is None and a.mask is None for a in allowed):
+        return [a.start for a in allowed]  # nothing to choose
+    extra = next((a.extra for a in allowed if a.extra is not None), None)
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if sliced:
+        rows = weight[offset + start : offset + stop]
+        logits = hidden @ rows.T
+        logits = logits if bias is None else logits + bias[offset + start : offset + stop]
+        logits = logits.float()
+        if extra is not None:
+            last = hidden @ weight[offset + extra]
+            last = last if bias is None else last + bias[offset + extra]
+            logits = torch.cat([logits, last.float()[:, None]], 1)
+    else:
+        whole = head(hidden).float()
+        logits = whole[:, offset + start : offset + stop]
+        if extra is not None:
+            logits = torch.cat([logits, whole[:, offset + extra, None]], 1)
+    if bool(logits.isnan().any()):
+        raise UserError("a logit is NaN: the model's numbers overflow, or its weights are broken")
+    chosen = []
+    for row, (one, draw) in enumerate(zip(allowed, draws, strict=True)):
+        scores = logits[row, one.start - start : one.stop - start]
+        if one.mask is not None:
+            scores = scores.masked_fill(
+                ~torch.from_numpy(one.mask).to(scores.device), -float("inf")
+            )
+        if one.extra is not None:
+            scores = torch.cat([scores, logits[row, -1:]])
+        index = _draw(scores, sampling, draw)
+        chosen.append(int(one.extra) if index == one.stop - one.start else one.start + index)  # pyright: ignore[reportArgumentType]
+    return chosen
+
+
+def _draw(scores: "Tensor", sampling: Sampling, draw: "torch.Generator") -> int:
+    """Draw from softmax(scores / T), of the most likely ids that reach top_p."""
+    import torch
+
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    probs = torch.softmax(scores / sampling.temperature, 0)
+    if sampling.top_p < 1:
+        ranked, order = probs.sort(descending=True, stable=True)
+        kept = ranked.cumsum(0) - ranked < sampling.top_p
+        ranked = ranked * kept
+        return int(order[torch.multinomial(ranked, 1, generator=draw)])
+    return int(torch.multinomial(probs, 1, generator=draw))
+
+
+def _interleaved(
+    before: np.ndarray, controls: np.ndarray, amt: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids of a context with the controls that are due in it, and which are controls."""
+    from midi_llm.anticipate import ids_of, interleave, pad_rests
+
+    rests = pad_rests(before, amt)
+    last = int(rests[-1, 0]) if len(rests) else 0
+    due = controls[controls[:, 0] <= last + amt.delta]
+    both, flags = interleave(rests, due, amt)
+    return ids_of(both, amt, control=flags), flags
+
+
+def _merged(first: Notes, second: Notes) -> Notes:
+    """Return the notes of both, by onset; among equals the first's come first."""
+    columns = [np.concatenate(pair) for pair in zip(first.columns, second.columns, strict=True)]
+    order = np.argsort(columns[0], kind="stable")
+    return Notes(*(column[order] for column in columns))
+
+
+def is_rest(event: Sequence[int]) -> bool:
+    """Whether an event is a rest."""
+    return event[2] == REST
