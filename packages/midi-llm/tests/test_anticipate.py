@@ -496,12 +496,18 @@ def test_an_early_control_is_the_beginning():
 
 
 def test_windows_longer_than_the_grid_are_left_out():
-    rows = [[0, 10005, 11060], [9999, 10005, 11061], [20000, 10005, 11062], [30000, 10005, 11063]]
+    rows = [[0, 10005, 11060], [9999, 10005, 11061], [10000, 10005, 11062], [20000, 10005, 11063]]
     ids = np.array(rows).ravel()  # times as a long piece has them, before it is cut
     kept = [strip(w).tolist() for w in windows(ids, AMT, events=2)]
     assert kept == [[0, 10005, 11060, 9999, 10005, 11061]]
-    singles = [strip(w).tolist() for w in windows(ids, AMT, events=1)]
-    assert singles == [[0, 10005, 11060 + i] for i in range(4)]
+
+
+@pytest.mark.parametrize("start", [20000, 27512, 27513, 60000])
+def test_windows_far_behind_the_grid(start):
+    """Whether a triple is a control its last id says, which is no matter of time."""
+    rows = [[start, 10005, 11060], [start + 1, 10005, 11061]]
+    (window,) = windows(np.array(rows).ravel(), AMT)
+    assert strip(window).tolist() == [0, 10005, 11060, 1, 10005, 11061]
 
 
 def test_separators_stay_and_are_not_shifted():

@@ -164,7 +164,7 @@ def test_seconds_add_up_over_every_message():
     assert onset == pytest.approx(direct)
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(midi_files())
 def test_any_file_reads_as_the_reference_reads_it(data):
     length = parse(data).length
@@ -239,7 +239,7 @@ def test_sources(tmp_path, kind):
 # Scores
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(midi_files())
 def test_scores_nearly_read_as_files(data):
     """Where nothing overlaps itself a Score holds the same notes, up to the float sums."""
@@ -693,6 +693,15 @@ def test_notes_that_touch_share_a_channel(tmp_path, writer):
     notes = Notes.of(*both)
     assert_ends_first(written(notes, tmp_path, writer))
     assert sorted(rows(read_notes(tmp_path / f"{writer}.mid"))) == sorted(rows(notes))
+
+
+def test_scores_of_many_instruments_can_be_dumped():
+    """A Score has no channels: what it writes by itself must be the instruments it names."""
+    notes = Notes.of(np.arange(20.0), 0.5, np.arange(20) * 6, 60)
+    score = to_score(notes)
+    named = sorted(t.program for t in score.tracks for _ in t.notes)
+    assert len(named) == 20
+    assert sorted(read_notes(score.dumps_midi()).instrument.tolist()) == named
 
 
 @settings(max_examples=60)

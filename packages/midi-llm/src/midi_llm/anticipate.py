@@ -110,7 +110,8 @@ def windows(ids: np.ndarray, config: AMTConfig, *, events: int = 341) -> list[np
     """Cut ids of events into windows, each shifted in time so that it begins at 0.
 
     Args:
-        ids: `[3 n]`; events may be controls, separators stand three in a row.
+        ids: `[3 n]`, as `ids_of` makes them but for times, which may be of any size; events may be
+            controls, separators stand three in a row.
         config: The grid.
         events: How many a window holds; the last may be shorter.
 
@@ -121,8 +122,8 @@ def windows(ids: np.ndarray, config: AMTConfig, *, events: int = 341) -> list[np
     rows = ids.reshape(-1, 3)
     for start in range(0, len(rows), events):
         window = rows[start : start + events].copy()
-        timed = window[:, 0] < config.separator
-        control = timed & (window[:, 0] >= config.control_offset)
+        timed = ~(window == config.separator).all(1)
+        control = timed & (window[:, 2] >= config.control_offset)  # times may be behind the grid
         time = window[:, 0] - np.where(control, config.control_offset, 0)
         if timed.any():
             time = time - time[timed].min()
@@ -176,8 +177,8 @@ def choose_controls(
         `[n]` bool; nothing is chosen by "instrument" where there is only one.
     """
     chosen = np.zeros(len(events), bool)
-    if kind == "span" and len(events):
-        start, last = 0.0, events[-1, 0] / config.resolution
+    if kind == "span":
+        start, last = 0.0, events[-1, 0] / config.resolution if len(events) else -1.0
         while True:
             start += rng.exponential(1 / SPAN_RATE)
             if start > last:

@@ -302,7 +302,7 @@ def _file_tempo(score: "ScoreTick") -> float | None:
         return None
     values = score.tempos.numpy()
     time, mspq = (np.asarray(values[k], np.int64) for k in ("time", "mspq"))
-    if time[0] > 0:
+    if time.min() > 0:
         time, mspq = np.insert(time, 0, 0), np.insert(mspq, 0, 500_000)
     order = np.argsort(time, kind="stable")
     time, mspq = time[order], mspq[order]

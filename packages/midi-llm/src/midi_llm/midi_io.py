@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from symusic.core import ScoreTick
 
 MAX_BYTES, MAX_NOTES, MAX_SECONDS = 16 * 2**20, 1_000_000, 4 * 3600
+MAX_ODD = 200_000  # messages of a track that are not of the usual form
 UNCLOSED = 0.25  # seconds that a note lasts that nothing ends
 PPQ = 480
 OVERFLOW = ("merge", "drop", "error")
@@ -79,19 +80,27 @@ class Notes:
     def of(
         cls, onset: Any, duration: Any, instrument: Any, pitch: Any, velocity: Any = 72
     ) -> "Notes":
-        """Make notes of anything that becomes arrays; a single number stands for all.
+        """Make notes of anything that becomes arrays, as many as there are onsets.
+
+        Of the other columns a single number stands for all notes.
 
         Raises:
             UserError: a value is out of range, or the onsets do not rise.
         """
-        onset = np.atleast_1d(np.asarray(onset, dtype=np.float64))
+        try:
+            onset = np.atleast_1d(np.asarray(onset, dtype=np.float64))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"onsets must be seconds: {error}") from error
         rest = {
             "duration": duration, "instrument": instrument, "pitch": pitch, "velocity": velocity,
         }  # fmt: skip
         made = [onset]
         for name, values in rest.items():
             dtype = np.float64 if name == "duration" else np.int64
-            found = np.asarray(values, dtype=dtype)
+            try:
+                found = np.asarray(values, dtype=dtype)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise UserError(f"{name} must be numbers: {error}") from error
             if found.ndim and found.shape != onset.shape:
                 raise UserError(f"{name} has shape {found.shape}, onset {onset.shape}")
             made.append(np.broadcast_to(found, onset.shape).copy())
@@ -141,6 +150,9 @@ def read_notes(source: "str | PathLike[str] | bytes", *, max_notes: int = MAX_NO
 def read_score(source: "str | PathLike[str] | bytes") -> "ScoreTick":
     """Read a MIDI file as a `symusic.Score`, refusing what `read_notes` refuses.
 
+    symusic leaves out notes that nothing ends, which `read_notes` gives 250 ms, and gives a channel
+    the programs of its own track only.
+
     Raises:
         UserError: as of `read_notes`.
     """
@@ -188,6 +200,8 @@ def _messages(data: bytes, max_notes: int) -> tuple[np.ndarray, int]:
         raise UserError(f"its header says {length} bytes, must be 6")
     if kind == 2:
         raise UserError("format 2 (several songs in one file); save each song by itself")
+    if kind > 2:
+        raise UserError(f"format {kind}, which there is not; it must be 0 or 1")
     if division & 0x8000:
         raise UserError("its times are in SMPTE frames; save it with ticks per quarter note")
     if division == 0:
@@ -300,6 +314,8 @@ def _split(data: bytes) -> tuple[list[int], dict[int, tuple[int, int, int, int]]
             raise ValueError(f"status {byte:#x} has no place in a file", i - 1)
         else:
             raise ValueError(_SHORT, i)
+        if len(odd) >= MAX_ODD:
+            raise ValueError(f"more than {MAX_ODD} messages that are neither notes nor controls", i)
         odd[len(sizes)] = message
         sizes.append(i - start)
     if i > len(data):
@@ -428,11 +444,18 @@ class Style:
 
     def __post_init__(self) -> None:
         """Check the fields; raises UserError."""
-        if isinstance(self.tempo, bool) or not 4 <= self.tempo <= 1000:
+        number = isinstance(self.tempo, int | float) and not isinstance(self.tempo, bool)
+        if not (number and 4 <= self.tempo <= 1000):
             raise UserError(f"tempo must be 4 to 1000 beats a minute, not {self.tempo!r}")
-        beats, unit = self.time_signature
-        if not (1 <= beats <= 255 and unit in (1, 2, 4, 8, 16, 32)):
-            raise UserError(f"time_signature must be such as (3, 4), not {self.time_signature!r}")
+        metre = self.time_signature
+        pair = isinstance(metre, tuple | list) and len(metre) == 2
+        if not (
+            pair
+            and all(isinstance(part, int) and not isinstance(part, bool) for part in metre)
+            and 1 <= metre[0] <= 255
+            and metre[1] in (1, 2, 4, 8, 16, 32)
+        ):
+            raise UserError(f"time_signature must be such as (3, 4), not {metre!r}")
         if self.on_overflow not in OVERFLOW:
             raise UserError(
                 f"on_overflow must be one of {', '.join(OVERFLOW)}, not {self.on_overflow!r}."
@@ -476,7 +499,9 @@ def to_score(notes: Notes, style: Style | None = None) -> "ScoreTick":
     """Return notes as a `symusic.Score` of 480 ticks a quarter note, one track an instrument.
 
     Onsets and ends are moved by at most half a tick (0.5 ms at 120 beats a minute). A note that
-    would last no tick lasts one.
+    would last no tick lasts one. Of more than 15 pitched instruments those with the fewest notes
+    are merged, dropped or refused, as the style says: in a Score they cannot share a channel, which
+    `write_midi` lets them.
 
     Raises:
         UserError: there are too many instruments and `on_overflow` is "error".
@@ -484,7 +509,7 @@ def to_score(notes: Notes, style: Style | None = None) -> "ScoreTick":
     from symusic import KeySignature, Note, Score, Tempo, TimeSignature, Track
 
     style = style or Style()
-    notes = _fitted(notes, style)
+    notes, _ = _channels(notes, style, share=False)
     begin, length, velocity = _in_ticks(notes, style)
     score = Score(PPQ)
     score.tempos.append(Tempo(0, mspq=_mspq(style)))
@@ -518,7 +543,7 @@ def write_midi(
         notes: May be empty.
         path: Where to; what is there is replaced.
         style: Tempo, metre, key, and what to do with too many instruments.
-        writer: "symusic", or "mido", which gives the same messages, slower.
+        writer: "symusic", or "mido", which gives the same music, slower.
 
     Raises:
         UserError: there are too many instruments and `on_overflow` is "error".
@@ -560,17 +585,15 @@ def _by_entry(instrument: np.ndarray) -> list[int]:
     return [int(i) for i in found[np.argsort(first)]]
 
 
-def _fitted(notes: Notes, style: Style) -> Notes:
-    """Return notes that fit on the channels of a file."""
-    return _channels(notes, style)[0]
-
-
 def _crowded(notes: Notes) -> bool:
     return len(np.unique(notes.instrument[notes.instrument != DRUMS])) > 15
 
 
-def _channels(notes: Notes, style: Style) -> tuple[Notes, dict[int, int]]:
-    """Give every instrument a channel; see `Style.on_overflow` for when there are too few."""
+def _channels(notes: Notes, style: Style, *, share: bool = True) -> tuple[Notes, dict[int, int]]:
+    """Give every instrument a channel; see `Style.on_overflow` for when there are too few.
+
+    `share`: whether instruments may take turns on one.
+    """
     pitched = [i for i in _by_entry(notes.instrument) if i != DRUMS]
     free = [c for c in range(16) if c != 9]
     if len(pitched) <= len(free):
@@ -584,7 +607,7 @@ def _channels(notes: Notes, style: Style) -> tuple[Notes, dict[int, int]]:
     left = []
     for one in ranked[15:]:
         mine = instrument == one
-        for number in free:
+        for number in free if share else ():
             on = np.isin(instrument, [i for i, c in channel.items() if c == number])
             if not _overlap(begin[on], length[on], begin[mine], length[mine]):
                 channel[one] = number
@@ -694,7 +717,7 @@ def notes_of_score(score: Any) -> Notes:
     columns: list[list[np.ndarray]] = [[], [], [], [], []]
     for track in score.tracks:
         arrays = track.notes.numpy()
-        one = DRUMS if track.is_drum else track.program
+        one = DRUMS if track.is_drum else track.program if track.program < DRUMS else 255
         size = len(arrays["time"])
         for column, values in zip(
             columns,
@@ -706,6 +729,15 @@ def notes_of_score(score: Any) -> Notes:
     if not columns[0]:
         return empty_notes()
     begin, length, instrument, pitch, velocity = (np.concatenate(c) for c in columns)
+    if score.ticks_per_quarter < 1:
+        raise UserError(f"the score has {score.ticks_per_quarter} ticks a quarter note")
+    for name, values, low, high in (
+        ("a program", instrument, 0, DRUMS), ("a pitch", pitch, 0, 127),
+        ("a velocity", velocity, 1, 127), ("a duration", length, 0, 2**31),
+    ):  # fmt: skip
+        bad = (values < low) | (values > high)
+        if bad.any():
+            raise UserError(f"{name} of the score is {values[bad][0]}, must be {low} to {high}")
     tempos = score.tempos.numpy() if len(score.tempos) else {"time": [], "mspq": []}
     changes, mspq = (np.asarray(tempos[k], np.int64) for k in ("time", "mspq"))
     if (mspq <= 0).any():

@@ -1,6 +1,7 @@
 """A text model with a music vocabulary, and prompts that lead from text into music."""
 
 import json
+import math
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +21,7 @@ SYSTEM = (
     "You are a world-class composer. Please compose some music according to the following "
     "description: "
 )
-Init = Literal["normal", "mean", "amt"]
+Init = Literal["normal", "mean", "amt", "factored"]
 
 
 def expand_vocabulary(
@@ -39,7 +40,8 @@ def expand_vocabulary(
         amt: The grid.
         init: The new rows: "normal" draws them with the config's initializer_range (as MIDI-LLM
             does), "mean" from the mean and covariance of the old ones (as transformers does), "amt"
-            copies `source`.
+            copies `source`, "factored" (ours, for small data) makes the row of a note the sum of
+            one for its instrument, its octave and its pitch class, and those of times smooth.
         source: For "amt": `[amt.size, d]`, the embedding of an AMT checkpoint; where d is not the
             model's width it is projected by a random orthogonal matrix.
         pad_to_multiple_of: Unused rows are added up to this multiple; ids do not change.
@@ -57,8 +59,8 @@ def expand_vocabulary(
     rows, width = embedding.weight.shape
     if getattr(model.config, "music_offset", None) is not None:
         raise UserError(f"this model has music ids already, from {model.config.music_offset} on")
-    if init not in ("normal", "mean", "amt"):
-        raise UserError(f"init must be 'normal', 'mean' or 'amt', not {init!r}")
+    if init not in (known := ("normal", "mean", "amt", "factored")):
+        raise UserError(f"init must be one of {', '.join(known)}, not {init!r}")
     if (init == "amt") != (source is not None):
         raise UserError("init='amt' needs source, the embedding of an AMT checkpoint, others none")
     if source is not None and (source.ndim != 2 or len(source) < amt.size):
@@ -83,6 +85,8 @@ def expand_vocabulary(
             continue
         std = getattr(model.config, "initializer_range", 0.02)
         drawn = torch.randn(new, width, generator=generator) * std
+        if init == "factored":
+            drawn[: amt.size] = _factored(amt, width, generator) * std
         if source is not None:
             drawn[: amt.size] = _projected(source[: amt.size].float().cpu(), width, generator)
         with torch.no_grad():
@@ -107,6 +111,33 @@ def _projected(source: "Tensor", width: int, generator: Any) -> "Tensor":
     return source @ basis * (source.shape[1] / width) ** 0.5 if width < source.shape[1] else (
         source @ basis
     )  # fmt: skip
+
+
+def _factored(amt: AMTConfig, width: int, generator: Any) -> "Tensor":
+    """Return rows `[amt.size, width]` of mean square 1 that say what ids have in common."""
+    import torch
+
+    def drawn(count: int) -> "Tensor":
+        return torch.randn(count, width, generator=generator)
+
+    def smooth(count: int) -> "Tensor":
+        """Waves from two ticks to twice the block long: near times have near rows."""
+        periods = torch.logspace(math.log10(2), math.log10(2 * count + 2), width // 2)
+        angles = torch.arange(count)[:, None] / periods * 2 * math.pi
+        rows = torch.cat([angles.sin(), angles.cos(), torch.zeros(count, width % 2)], 1)
+        return rows * 2**0.5
+
+    pitch = torch.arange(amt.pitches)
+    heights = drawn(12)[pitch % 12] + drawn(amt.pitches // 12 + 1)[pitch // 12]
+    notes = (drawn(amt.instruments)[:, None] + heights[None]).flatten(0, 1) / 3**0.5
+    basis = torch.linalg.qr(drawn(width))[0]  # the waves along directions of their own
+    parts = [smooth(amt.times) @ basis, smooth(amt.durations) @ basis.T, notes]
+    parts = [(part + drawn(1)) / 2**0.5 for part in parts[:2]] + [notes]
+    rows = [torch.cat(parts), drawn(1)]
+    if amt.anticipation:
+        rows.append((rows[0] + drawn(1)) / 2**0.5)
+    rows.append(drawn(amt.size - sum(map(len, rows))))
+    return torch.cat(rows)
 
 
 class TextMidiProcessor:
@@ -211,3 +242,59 @@ class TextMidiProcessor:
                 f"the model has {rows} rows, but text and music need {self.offset} + "
                 f"{self.amt.size}; expand it with expand_vocabulary, or load its own processor"
             )
+
+
+def convert(
+    folder: "str | PathLike[str]", out: "str | PathLike[str]", *, amt: AMTConfig | None = None
+) -> Path:
+    """Make a folder of the public checkpoint one that this package loads: `amt.json` is added.
+
+    That checkpoint is a Llama whose last rows are AMT's ids and two spare ones, with the text
+    tokenizer of the model it was made from.
+
+    Args:
+        folder: With `config.json`, safetensors and a tokenizer.
+        out: A new or empty folder; the weights are linked where the file system can, else copied.
+        amt: The grid. Defaults to AMT's.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        UserError: the folder is no such checkpoint; the message has the numbers.
+    """
+    import os
+    import shutil
+
+    from transformers import AutoConfig, AutoTokenizer
+
+    from tenfold_common.atomic import prepare_output_dir
+
+    folder, amt = Path(folder), amt or AMTConfig()
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no checkpoint that can be read: {error}") from error
+    offset = config.vocab_size - amt.size - SPARE
+    if offset != len(tokenizer):
+        raise UserError(
+            f"{folder} has vocab_size {config.vocab_size} and a text tokenizer of "
+            f"{len(tokenizer)} ids; with this grid it must be {len(tokenizer)} + {amt.size} + "
+            f"{SPARE} = {len(tokenizer) + amt.size + SPARE}"
+        )
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} has no *.safetensors; pickles are not read")
+    out = prepare_output_dir(out)
+    for file in [*files, *folder.glob("*.safetensors.index.json")]:
+        try:
+            os.link(file, out / file.name)
+        except OSError:
+            shutil.copy2(file, out / file.name)
+    config.music_offset = offset
+    config.save_pretrained(out)
+    if (folder / "generation_config.json").is_file():
+        shutil.copy2(folder / "generation_config.json", out)
+    TextMidiProcessor(tokenizer, amt, offset).save_pretrained(out)
+    return out

@@ -88,7 +88,7 @@ class AMTTokenizer(MusicTokenizer):
 
     def _tokens_errors(self, tokens: list[Any]) -> int:
         """Count the tokens that may not follow the one before, and times that fall."""
-        errors, previous, latest = 0, None, -1
+        errors, previous, latest, lasts = 0, None, -1, False
         for token in tokens:
             kind, _, value = token.partition("_")
             if previous is not None and kind not in self.tokens_types_graph.get(previous, ()):
@@ -96,6 +96,10 @@ class AMTTokenizer(MusicTokenizer):
             elif kind == "Time":
                 errors += int(value) < latest
                 latest = int(value)
+            elif kind == "Duration":
+                lasts = value != "0"
+            elif kind == "Rest":
+                errors += lasts
             elif kind in ("Separator", "Autoregress", "Anticipate"):
                 latest = -1
             previous = kind
@@ -171,14 +175,26 @@ class AMTTokenizer(MusicTokenizer):
     def encode_windows(
         self, source: "ScoreTick | Notes | str | PathLike[str] | bytes", *, events: int = 341
     ) -> list[np.ndarray]:
-        """Return a piece of any length as windows of at most so many events, each from time 0."""
+        """Return a piece of any length as windows, each from time 0: no note is left out.
+
+        Args:
+            source: See `notes`.
+            events: How many a window has at most, rests included; fewer where they would not fit
+                the seconds of the grid.
+
+        Raises:
+            UserError: see `notes`, or `events` is not at least 1.
+        """
+        if isinstance(events, bool) or not isinstance(events, int) or events < 1:
+            raise UserError(f"events must be a whole number of at least 1, not {events!r}")
         rows = pad_rests(self.events(source), self.amt)
-        found = []
-        for start in range(0, len(rows), events):
+        found, start = [], 0
+        while start < len(rows):
             window = rows[start : start + events].copy()
             window[:, 0] -= window[0, 0]
-            if window[-1, 0] < self.amt.times:
-                found.append(ids_of(window, self.amt))
+            window = window[window[:, 0] < self.amt.times]
+            found.append(ids_of(window, self.amt))
+            start += len(window)
         return found
 
     # Decoding
@@ -198,6 +214,7 @@ class AMTTokenizer(MusicTokenizer):
                 a warning.
         """
         if isinstance(ids, TokSequence):
+            self.complete_sequence(ids)
             ids = ids.ids
         found = np.asarray(ids)
         if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
@@ -215,12 +232,7 @@ class AMTTokenizer(MusicTokenizer):
         body = found[skip:]
         ends = np.flatnonzero(body == amt.separator)
         body = body[: ends[0]] if len(ends) else body
-        if len(body) % 3:
-            warnings.warn(
-                f"the last event is cut short: {len(body) % 3} ids are dropped", stacklevel=2
-            )
-            body = body[: len(body) // 3 * 3]
-        rows = body.reshape(-1, 3)
+        rows = body[: len(body) // 3 * 3].reshape(-1, 3)
         anticipated = (rows[:, 0] >= amt.control_offset) & (rows[:, 0] < amt.separator)
         rows = rows - np.where(anticipated, amt.control_offset, 0)[:, None]
         edges = (0, amt.duration_offset, amt.note_offset, amt.rest + 1)
@@ -230,8 +242,8 @@ class AMTTokenizer(MusicTokenizer):
             if len(wrong):
                 place = skip + 3 * int(wrong[0]) + slot
                 raise UserError(
-                    f"id {found[place]} at place {place} is a {amt.block(int(found[place]))}, but "
-                    f"slot {slot} of event {wrong[0]} wants a {name}"
+                    f"id {found[place]} at place {place} ({amt.block(int(found[place]))}) stands "
+                    f"in slot {slot} of event {wrong[0]}, which wants a {name}"
                 )
         if anticipated.any() and controls == "error":
             place = skip + 3 * int(np.flatnonzero(anticipated)[0])
@@ -241,10 +253,18 @@ class AMTTokenizer(MusicTokenizer):
             )
         events = rows - np.array([0, amt.duration_offset, amt.note_offset])
         events[rows[:, 2] == amt.rest, 2] = REST
+        sounding = np.flatnonzero((events[:, 2] == REST) & (events[:, 1] > 0))
+        if len(sounding):
+            place = skip + 3 * int(sounding[0]) + 2
+            raise UserError(f"a rest at place {place} has a duration; only duration 0 goes with it")
         falls = np.flatnonzero(np.diff(events[~anticipated, 0]) < 0)
         if len(falls):
             event = int(np.flatnonzero(~anticipated)[falls[0] + 1])
             raise UserError(f"times fall at event {event} (place {skip + 3 * event})")
+        if len(body) % 3:
+            warnings.warn(
+                f"the last event is cut short: {len(body) % 3} ids are dropped", stacklevel=2
+            )
         return events[np.argsort(events[:, 0], kind="stable")] if anticipated.any() else events
 
     def decode(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -284,6 +304,23 @@ class AMTTokenizer(MusicTokenizer):
             UserError: always.
         """
         raise UserError("arrival-time ids cannot be merged (BPE, Unigram, WordPiece)")
+
+    @classmethod
+    def from_pretrained(cls, folder: "str | PathLike[str]", **named: Any) -> "AMTTokenizer":  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Read what `save` or `save_pretrained` wrote into a folder or file, or a name of the hub.
+
+        Raises:
+            UserError: it is not there, or is no tokenizer of this kind.
+        """
+        place = Path(folder)
+        file = place / "tokenizer.json" if place.is_dir() else place
+        if file.is_file():
+            return cls(params=file)
+        try:
+            return super().from_pretrained(str(folder), **named)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{place} holds no tokenizer of AMTTokenizer.save: {reason}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `save` writes."""

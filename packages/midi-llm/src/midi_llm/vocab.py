@@ -49,7 +49,13 @@ PROGRAMS = (
 
 
 def instrument_name(instrument: int) -> str:
-    """Return the name of an instrument: of a General MIDI program 0 to 127, or "drums" for 128."""
+    """Return the name of an instrument: of a General MIDI program 0 to 127, or "drums" for 128.
+
+    Raises:
+        UserError: it is no such number.
+    """
+    if not 0 <= instrument <= DRUMS:
+        raise UserError(f"instrument {instrument} is none: programs are 0 to 127, drums 128")
     return "drums" if instrument == DRUMS else PROGRAMS[instrument]
 
 
@@ -57,7 +63,7 @@ def instrument_number(name: "str | int") -> int:
     """Return the number 0 to 128 of an instrument.
 
     Args:
-        name: A number; or a name as in `PROGRAMS`, that of a family (its first program), or
+        name: A number; or a name as in `PROGRAMS`, that of a family (one of its programs), or
             "drums"; capitals, hyphens and underscores do not matter.
 
     Raises:
