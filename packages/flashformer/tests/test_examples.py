@@ -1,37 +1,16 @@
 """Examples and the README's Python blocks run as they are, and print what their comments say."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from flashformer.cli import _parser
+from tenfold_common.testing import promised, python_blocks, script_output
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 README = (ROOT / "README.md").read_text("utf-8")
-
-
-def output_of(script, folder):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
-
-
-def promised(source):
-    """Return what the comments behind the prints of a script say they print."""
-    return re.findall(r"^print\(.*\)  # (?:.*: )?(.+)$", source, re.MULTILINE)
-
-
-def python_blocks(text):
-    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def test_there_are_examples():
@@ -40,7 +19,7 @@ def test_there_are_examples():
 
 
 def test_compile(tmp_path):
-    lines = output_of(EXAMPLES[0], tmp_path)
+    lines = script_output(EXAMPLES[0], tmp_path)
     assert lines[0] == "True"
     assert [line.split()[0] for line in lines[1:4]] == ["bf16", "int8", "int4"]
     assert "4300 GB/s" in lines[-1]
@@ -50,7 +29,7 @@ def test_compile(tmp_path):
 def test_they_print_what_they_say(tmp_path, number):
     expected = promised(EXAMPLES[number].read_text("utf-8"))
     assert expected
-    assert output_of(EXAMPLES[number], tmp_path) == expected
+    assert script_output(EXAMPLES[number], tmp_path) == expected
 
 
 def test_blocks_of_the_readme(tmp_path):
@@ -63,7 +42,7 @@ def test_blocks_of_the_readme(tmp_path):
     (block,) = complete
     script = tmp_path / "block.py"
     script.write_text(block, encoding="utf-8")
-    chosen, last = output_of(script, tmp_path)
+    chosen, last = script_output(script, tmp_path)
     assert len(chosen.split(",")) == 4
     assert last == "3 True"
 

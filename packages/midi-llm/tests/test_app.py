@@ -288,7 +288,7 @@ def test_a_form_is_no_upload(client: TestClient) -> None:
         ({"prompt": "a", "seed": 10**400}, "seed"),
         ({"prompt": "a", "pitch_range": [80, 40]}, "pitch_range must rise"),
         ({"prompt": "a", "min_notes": -1}, "min_notes must be"),
-        ({"prompt": "a", "temprature": 1}, "Did you mean 'temperature'?"),
+        ({"prompt": "a", "temperatures": 1}, "Did you mean 'temperature'?"),
         ([], "must be a JSON object"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else "wish",
@@ -346,7 +346,7 @@ def test_what_is_not_there(client: TestClient) -> None:
 def test_the_oldest_takes_go(make: Make) -> None:
     client = make(max_takes=4)
     takes = [take(client) for _ in range(4)]
-    studio = client.app.state.studio  # pyright: ignore[reportAttributeAccessIssue]
+    studio = client.app.state.studio  # pyright: ignore[reportFunctionMemberAccess]
     client.get(takes[0]["links"]["wav"])
     assert len(list(studio.folder.iterdir())) == 5
     take(client)

@@ -181,7 +181,7 @@ def test_wrong_input_is_told_and_can_be_mended(page: Any) -> None:
         ("Key", "H minor", "is no key", ""),
         ("Only these instruments separated by commas", "pianno", "no instrument", ""),
         ("Tempo of the bar lines", "fast", "Tempo must be a number", ""),
-        ("Seed", "1.5", "Seed must be a whole number", "1"),
+        ("Seed equal ones repeat", "1.5", "Seed must be a whole number", "1"),
         ("Takes", "9", "n must be 1 to 4", "1"),
     ):
         page.get_by_label(label, exact=True).fill(wrong)
@@ -202,6 +202,18 @@ def test_the_button_says_that_it_works(page: Any) -> None:
     sync_api.expect(button).to_have_text("Working\u2026")
     assert button.is_disabled()
     assert "Composing" in page.locator("#status").inner_text()
+
+
+def test_a_seed_repeats_a_take_and_none_is_new(page: Any) -> None:
+    def played(seed: str) -> bytes:
+        page.get_by_label("Seed").fill(seed)
+        link = compose(page).locator(".midi").get_attribute("href")
+        return page.request.get(page.url.rstrip("/") + link).body()
+
+    assert played("7") == played("7")
+    assert played("") != played("")
+    shown = page.locator("article .top p").all_inner_texts()
+    assert [text.endswith("seed 7") for text in shown] == [False, False, True, True]
 
 
 def test_examples_fill_the_prompt(page: Any) -> None:

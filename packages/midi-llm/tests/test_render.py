@@ -187,7 +187,7 @@ def test_a_wrong_soundfont_is_refused_even_by_auto(tmp_path: Path) -> None:
 def test_a_broken_soundfont_is_an_error_and_not_silence(tmp_path: Path) -> None:
     """FluidSynth itself plays silence without a font and says that all went well."""
     file = tmp_path / "a.sf2"
-    whole = Path(FONT).read_bytes()
+    whole = Path(FONT or "").read_bytes()
     for data in (b"RIFF\0\0\0\0sfbk", whole[: len(whole) // 2]):
         file.write_bytes(data)
         with pytest.raises(UserError, match="FluidSynth failed"):
@@ -236,7 +236,7 @@ def fake(folder: Path, name: str, script: str) -> None:
         ({"rate": 44100.0}, "whole number"),
         ({"gain": 0}, "gain must be"),
         ({"gain": float("nan")}, "gain must be"),
-        ({"engine": "preveiw"}, "Did you mean 'preview'"),
+        ({"engine": "previews"}, "Did you mean 'preview'"),
         ({"normalize": 3}, "normalize must be"),
     ],
 )

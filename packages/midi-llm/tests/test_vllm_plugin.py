@@ -332,6 +332,15 @@ def test_constraints_that_leave_nothing_end_the_sequence_not_the_engine(plugin, 
     assert torch.isfinite(found[0]).nonzero().ravel().tolist() == [OFFSET + SMALL.separator]
 
 
+def test_numbers_beyond_floats_end_the_sequence_not_the_engine(plugin, vllm):
+    runner = Runner1(plugin)
+    make = lambda: grammar_of(notes_per_second=1e-308)  # noqa: E731
+    runner.add("a", params_of(vllm, make), None)
+    runner.rows[0][2][:] = [OFFSET + music for music in (1, 401, 480)]
+    found = runner.processor.apply(torch.zeros(1, SIZE))
+    assert torch.isfinite(found[0]).nonzero().ravel().tolist() == [OFFSET + SMALL.separator]
+
+
 def test_a_model_without_the_ids_gives_the_sign(plugin, vllm):
     runner = Runner1(plugin)
     make = MAKERS["free"]
@@ -387,7 +396,7 @@ def test_given_and_controls_come_out_of_the_prompt_and_the_grammar(plugin, vllm)
     amt = WITH_CONTROLS
     given = np.array([[0, 5, 60], [70, 5, 64]])
     controls = np.array([[90, 5, 60], [160, 5, 62], [300, 2, 2050]])
-    make = lambda: grammar_of(amt, given=given, controls=controls[:], start=80)  # noqa: E731
+    make = lambda: grammar_of(amt, given=given, controls=controls, start=80)  # noqa: E731
     ids = [amt.anticipate, 0, amt.duration_offset + 5, amt.note_offset + 60]
     ids += [20, amt.duration_offset, amt.rest]
     shift = amt.control_offset

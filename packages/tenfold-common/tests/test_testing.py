@@ -26,7 +26,11 @@ from tenfold_common.testing import (
     in_fresh_python,
     letter_tokenizer,
     positional,
+    promised,
+    python_blocks,
     real_data_folder,
+    script_output,
+    stale_tables,
     vllm_server,
 )
 
@@ -442,3 +446,38 @@ def test_a_missing_or_generated_docstring_is_an_error():
         assert_documented(Bare)
     with pytest.raises(AssertionError, match=r"has no docstring of its own$"):
         assert_documented(dataclasses.make_dataclass("Point", ["x"]))
+
+
+def test_script_output_runs_offline_in_its_folder(tmp_path):
+    script = tmp_path / "a b.py"
+    script.write_text("import os\nprint(os.environ['HF_HUB_OFFLINE'])\nprint(os.getcwd())\n")
+    assert script_output(script, tmp_path) == ["1", str(tmp_path.resolve())]
+    script.write_text("raise SystemExit('no such luck')\n")
+    with pytest.raises(AssertionError, match="no such luck"):
+        script_output(script, tmp_path)
+
+
+def test_promised_reads_the_comments_behind_prints():
+    source = (
+        "print(1)  # 1\nx = 2  # two\nprint(x, 'a')  # 2 a: how many there are\n  print(3)  # 3\n"
+    )
+    assert promised(source) == ["1", "2 a"]
+    assert python_blocks("```python\na = 1\n```\n\n```bash\nls\n```\n") == ["a = 1\n"]
+
+
+def test_stale_tables_are_named(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "report.py").write_text(
+        "from pathlib import Path\n"
+        "HERE = Path(__file__).parent\n"
+        "READMES = {HERE.parent / 'README.md': ('benchmarks/', ('a', 'b'))}\n"
+        "def text_of(kind, folder):\n    return f'{kind} in {folder}'\n"
+    )
+    text = "".join(
+        f"<!-- {kind}:begin -->\n{shown}\n<!-- {kind}:end -->\n"
+        for kind, shown in (("a", "a in benchmarks/"), ("b", "old"))
+    )
+    (tmp_path / "README.md").write_text(text)
+    assert stale_tables(tmp_path) == ["README.md: b"]
+    (tmp_path / "README.md").write_text(text.replace("old", "b in benchmarks/"))
+    assert stale_tables(tmp_path) == []

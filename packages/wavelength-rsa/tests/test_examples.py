@@ -1,40 +1,16 @@
 """Examples and the README's Python blocks run as they are, and print what their comments say."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tenfold_common.testing import promised, python_blocks, script_output
 from wavelength_rsa.cli import _parser
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 README = (ROOT / "README.md").read_text("utf-8")
-
-
-def output_of(script, folder):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=folder, env=environment, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
-
-
-def promised(source):
-    """Return what the comments behind the prints of a script say they print."""
-    return [
-        re.split(r": [a-zA-Z]", comment)[0].strip()
-        for comment in re.findall(r"^print\(.*\)  # (.+)$", source, re.MULTILINE)
-    ]
-
-
-def python_blocks(text):
-    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def test_there_are_examples():
@@ -45,11 +21,11 @@ def test_there_are_examples():
 def test_rerank_anything(tmp_path):
     stated = re.findall(r"^# (alpha .*)$", EXAMPLES[0].read_text("utf-8"), re.MULTILINE)
     assert len(stated) == 3
-    assert output_of(EXAMPLES[0], tmp_path) == stated
+    assert script_output(EXAMPLES[0], tmp_path) == stated
 
 
 def test_a_model_as_listener(tmp_path):
-    lines = output_of(EXAMPLES[1], tmp_path)
+    lines = script_output(EXAMPLES[1], tmp_path)
     assert len(lines) == 2
     for line in lines:
         mean, sd, crps = map(float, re.findall(r"[0-9.]+(?=,|$|:| )", line.replace("90: ", "")))
@@ -61,7 +37,7 @@ def test_a_model_as_listener(tmp_path):
 def test_reference_game(tmp_path):
     expected = promised(EXAMPLES[2].read_text("utf-8"))
     assert len(expected) == 2
-    assert output_of(EXAMPLES[2], tmp_path) == expected
+    assert script_output(EXAMPLES[2], tmp_path) == expected
 
 
 def test_blocks_of_the_readme(tmp_path):
@@ -76,7 +52,7 @@ def test_blocks_of_the_readme(tmp_path):
         script.write_text(block, encoding="utf-8")
         expected = promised(block)
         assert expected
-        assert output_of(script, tmp_path) == expected
+        assert script_output(script, tmp_path) == expected
 
 
 def test_every_command_of_the_readme_is_one():

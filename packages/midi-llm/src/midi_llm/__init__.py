@@ -10,13 +10,31 @@ from typing import TYPE_CHECKING
 from midi_llm._version import __version__
 
 if TYPE_CHECKING:
+    from midi_llm.attributes import MusicAttributes, analyze
+    from midi_llm.captions import Request, describe, parse_caption
+    from midi_llm.data import MidiDataCollator, prepare_cpt, prepare_sft
+    from midi_llm.decode import MidiLM, MidiOutput
+    from midi_llm.evaluation import EvaluationReport, evaluate
+    from midi_llm.grammar import GenerationConstraints
     from midi_llm.midi_io import Notes, Style, read_notes, read_score, to_score, write_midi
+    from midi_llm.modeling import TextMidiProcessor, convert, expand_vocabulary
+    from midi_llm.render import piano_roll, spectrogram, to_wav
     from midi_llm.tokenizer import AMTTokenizer
+    from midi_llm.vllm_engine import ServerMidiLM, VLLMMidiLM
     from midi_llm.vocab import AMTConfig
 
 _MODULES = {
+    "attributes": "MusicAttributes analyze",
+    "captions": "Request describe parse_caption",
+    "data": "MidiDataCollator prepare_cpt prepare_sft",
+    "decode": "MidiLM MidiOutput",
+    "evaluation": "EvaluationReport evaluate",
+    "grammar": "GenerationConstraints",
     "midi_io": "Notes Style read_notes read_score to_score write_midi",
+    "modeling": "TextMidiProcessor convert expand_vocabulary",
+    "render": "piano_roll spectrogram to_wav",
     "tokenizer": "AMTTokenizer",
+    "vllm_engine": "ServerMidiLM VLLMMidiLM",
     "vocab": "AMTConfig",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
@@ -24,12 +42,33 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 __all__ = [
     "AMTConfig",
     "AMTTokenizer",
+    "EvaluationReport",
+    "GenerationConstraints",
+    "MidiDataCollator",
+    "MidiLM",
+    "MidiOutput",
+    "MusicAttributes",
     "Notes",
+    "Request",
+    "ServerMidiLM",
     "Style",
+    "TextMidiProcessor",
+    "VLLMMidiLM",
     "__version__",
+    "analyze",
+    "convert",
+    "describe",
+    "evaluate",
+    "expand_vocabulary",
+    "parse_caption",
+    "piano_roll",
+    "prepare_cpt",
+    "prepare_sft",
     "read_notes",
     "read_score",
+    "spectrogram",
     "to_score",
+    "to_wav",
     "write_midi",
 ]
 

@@ -24,7 +24,7 @@ import warnings
 import weakref
 from base64 import b64encode
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
@@ -637,7 +637,7 @@ def make_app(
     text, policy = page()
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> Any:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         del app
         yield
         studio.close()

@@ -285,7 +285,11 @@ def _dataset(samples: Iterable[Sample], processor: TextMidiProcessor, length: in
 
 
 class MidiDataCollator:
-    """Stacks packed rows into `[B, length]` int64; no mask, for which the positions stand."""
+    """Stacks packed rows into `[B, length]` int64.
+
+    There is no attention mask, for which the positions stand. transformers heeds them only without
+    a cache: `train` sees to that; in a loop of your own call `model(**batch, use_cache=False)`.
+    """
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> "dict[str, Tensor]":
         """Return a batch."""

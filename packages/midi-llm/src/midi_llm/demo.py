@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from midi_llm.decode import MidiLM, MidiOutput
     from midi_llm.modeling import TextMidiProcessor
 
+STD = 0.08  # of the new rows of so narrow a model
 RUNS = ("CPT + SFT", "SFT", "shuffled captions", "constrained")
 METRICS = ("family_f1", "in_key", "CK", "TB", "TBT", "density_bin")
 SHOWN = {
@@ -54,6 +55,7 @@ class DemoSettings:
         hidden: Width of the model.
         layers: Of the model.
         lr: At its highest.
+        music_lr: The same of the embeddings and the head.
         max_notes: Of a generated piece.
     """
 
@@ -62,10 +64,11 @@ class DemoSettings:
     length: int = 256
     rows: int = 16
     cpt_steps: int = 100
-    sft_steps: int = 300
+    sft_steps: int = 250
     hidden: int = 128
     layers: int = 3
-    lr: float = 4e-3
+    lr: float = 3e-3
+    music_lr: float = 1e-3
     max_notes: int = 160
 
     @classmethod
@@ -269,7 +272,8 @@ def make_model(processor: "TextMidiProcessor", settings: DemoSettings, seed: int
         processor.offset, hidden=settings.hidden, layers=settings.layers, heads=4, kv_heads=4,
         max_position_embeddings=1024, tie_word_embeddings=False, seed=seed,
     )  # fmt: skip
-    expand_vocabulary(model, processor.amt, seed=seed)
+    model.config.initializer_range = STD  # of the music rows
+    expand_vocabulary(model, processor.amt, init="factored", seed=seed)
     return MidiLM(model, processor)
 
 
@@ -278,11 +282,13 @@ def fit(lm: "MidiLM", dataset: "Dataset", settings: DemoSettings, *, steps: int,
     import torch
 
     from midi_llm.data import MidiDataCollator
+    from midi_llm.train import TrainConfig, parameter_groups
 
     model = lm.model.train()
     columns = MidiDataCollator()(list(dataset))
     rng = np.random.default_rng([seed, 6])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95))
+    rates = TrainConfig(lr=settings.lr, music_lr=settings.music_lr)
+    optimizer = torch.optim.AdamW(parameter_groups(model, rates), betas=(0.9, 0.95))
     shape = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda n: min(1.0, (n + 1) / 20) * (0.1 + 0.45 * (1 + math.cos(math.pi * n / steps))),
@@ -292,7 +298,8 @@ def fit(lm: "MidiLM", dataset: "Dataset", settings: DemoSettings, *, steps: int,
     )
     for step in range(steps):
         rows = torch.from_numpy(order[step * settings.rows : (step + 1) * settings.rows])
-        loss = model(**{name: column[rows] for name, column in columns.items()}).loss
+        batch = {name: column[rows] for name, column in columns.items()}
+        loss = model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -313,7 +320,7 @@ def nll_a_note(lm: "MidiLM", dataset: "Dataset") -> float:
         for start in range(0, len(dataset), 16):
             batch = {name: column[start : start + 16] for name, column in columns.items()}
             learnt = int((batch["labels"][:, 1:] >= 0).sum())
-            total += float(lm.model(**batch).loss) * learnt
+            total += float(lm.model(**batch, use_cache=False).loss) * learnt
             count += learnt
     return 3 * total / count
 

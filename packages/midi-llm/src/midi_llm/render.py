@@ -477,9 +477,10 @@ def piano_roll(
         y = some.pitch[:, None] + np.array([-0.45, 0.45, 0.45, -0.45])
         axes.add_collection(
             PolyCollection(
-                np.stack([x, y], 2), facecolors=colour, edgecolors="white", linewidths=0.3, zorder=2
-            )  # pyright: ignore[reportArgumentType]
-        )
+                list(np.stack([x, y], 2)), facecolors=colour, edgecolors="white", linewidths=0.3,
+                zorder=2,
+            )
+        )  # fmt: skip
     axes.vlines(
         _bars(source, style, end), low - 2, high + 2, colors="0.85", linewidth=0.8, zorder=1
     )
@@ -534,10 +535,11 @@ def piano_roll_svg(source: "Source", *, style: Style | None = None) -> str:
         some = notes[notes.instrument == instrument][:MAX_DRAWN]
         left = some.onset / end * width
         right = np.maximum((some.onset + some.duration) / end * width, left + 2)
-        top = (high - 1 - some.pitch) * row
+        tall = max(0.9 * row, 3.5)
+        top = (high - 0.5 - some.pitch) * row - tall / 2
         lines.append(f'<g fill="{colour}" fill-opacity="0.85">')
         lines += [
-            f'<rect x="{x:.2f}" y="{y:.2f}" width="{w:.2f}" height="{0.9 * row:.2f}" rx="1"/>'
+            f'<rect x="{x:.2f}" y="{y:.2f}" width="{w:.2f}" height="{tall:.2f}" rx="1"/>'
             for x, y, w in zip(left, top, right - left - 0.6, strict=True)
         ]
         lines.append("</g>")
@@ -644,22 +646,25 @@ def spectrogram(
     """
     figure = _figure(8, 4)
     if isinstance(wav, str | os.PathLike):
-        wav, rate = read_wav(wav)
+        samples, rate = read_wav(wav)
+    else:
+        samples = np.asarray(wav, np.float32)
     if rate is None or rate < 1000:
         raise UserError(f"rate must be samples a second, at least 1000, not {rate!r}")
-    wav = np.asarray(wav, np.float32)
-    if wav.ndim == 2:
-        wav = wav.mean(1)
-    if wav.ndim != 1 or not len(wav):
-        raise UserError(f"wav must be [samples] or [samples, channels], not {list(wav.shape)}")
-    hop = max(512, len(wav) // 2000)  # no more columns than the picture can show
-    loudness, middles = log_mel(wav, rate, hop=hop)
+    if samples.ndim == 2:
+        samples = samples.mean(1)
+    if samples.ndim != 1 or not len(samples):
+        raise UserError(
+            f"wav must be [samples] or [samples, channels], not {list(np.shape(samples))}"
+        )
+    hop = max(512, len(samples) // 2000)  # no more columns than the picture can show
+    loudness, middles = log_mel(samples, rate, hop=hop)
     axes = figure.add_subplot()
     image = axes.imshow(
         loudness, origin="lower", aspect="auto", cmap="magma", vmin=-80, vmax=0,
-        extent=(0, len(wav) / rate, -0.5, len(middles) - 0.5), interpolation="nearest",
+        extent=(0, len(samples) / rate, -0.5, len(middles) - 0.5), interpolation="nearest",
     )  # fmt: skip
-    wanted = np.array([100, 200, 500, 1000, 2000, 5000, 10000, 20000])
+    wanted = np.array([200, 500, 1000, 2000, 5000, 10000, 20000])
     wanted = wanted[(wanted > middles[0]) & (wanted < middles[-1])]
     axes.set_yticks(np.interp(wanted, middles, np.arange(len(middles))), [f"{f:,}" for f in wanted])
     axes.set_xlabel("time, s")

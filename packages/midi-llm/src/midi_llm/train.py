@@ -58,6 +58,7 @@ class TrainConfig:
 
     def arguments(self, folder: Path) -> "TrainingArguments":
         """Return what transformers' Trainer takes."""
+        import torch
         from transformers import TrainingArguments
 
         return TrainingArguments(
@@ -75,6 +76,7 @@ class TrainConfig:
             save_steps=self.save_every,
             logging_steps=self.log_every,
             bf16=self.bf16,
+            use_cpu=not torch.cuda.is_available(),
             seed=self.seed,
             data_seed=self.seed,
             report_to=[],

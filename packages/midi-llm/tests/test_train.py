@@ -1,0 +1,181 @@
+"""Training: learning rates, kill and resume, two processes, LoRA with the music rows alone."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from midi_llm.data import prepare_sft
+from midi_llm.decode import MidiLM
+from midi_llm.midi_io import Notes
+from midi_llm.modeling import TextMidiProcessor, expand_vocabulary
+from midi_llm.train import TrainConfig, lora_config, parameter_groups, train
+from midi_llm.vocab import AMTConfig
+from tenfold_common.errors import UserError
+from tenfold_common.tiny import tiny_llama, word_tokenizer
+
+SMALL = AMTConfig.small()
+
+
+def tune(seed, count=12):
+    rng = np.random.default_rng(seed)
+    return Notes.of(np.arange(count) * 0.25, 0.2, 0, rng.integers(50, 70, count))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A model's folder and the folder of its data."""
+    return begin(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """The folder of a run of one process that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run(*command(start, out))
+    return out
+
+
+def begin(folder, tied=True):
+    tokenizer = word_tokenizer(["slow", "fast", "jazz"])
+    made = TextMidiProcessor(tokenizer, SMALL, len(tokenizer), system="")
+    model = tiny_llama(
+        made.offset, hidden=16, layers=1, heads=2, kv_heads=2, tie_word_embeddings=tied, seed=3
+    )
+    expand_vocabulary(model, SMALL)
+    MidiLM(model, made).save_pretrained(folder / "start")
+    words = ("slow jazz", "fast")
+    pairs = [(tune(i), words[i % 2]) for i in range(16)]
+    prepare_sft(pairs, made, length=64, seed=0).save_to_disk(str(folder / "data"))
+    return folder / "start", folder / "data"
+
+
+def command(start, out, *options):
+    return [
+        "-m", "midi_llm", "train", "--model", str(start[0]), "--data", str(start[1]),
+        "--out", str(out), "--steps", "8", "--save_every", "2", "--log_every", "1",
+        "--batch_size", "2", "--lr", "0.01", "--music_lr", "0.01", *options,
+    ]  # fmt: skip
+
+
+def run(*arguments, launcher=()):
+    done = subprocess.run(
+        [sys.executable, *launcher, *arguments], capture_output=True, text=True, timeout=240,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_it_learns_and_the_model_loads(whole):
+    found = losses(whole)
+    assert len(found) == 8
+    assert found[-1] < found[0] - 0.1
+    loaded = MidiLM.from_pretrained(whole / "model", device="cpu")
+    assert loaded.model.config.use_cache is True
+    assert loaded.generate("slow jazz", max_notes=5, seed=1)[0].notes is not None
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(start, whole, tmp_path):
+    out = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, *command(start, out)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint-4" / "COMPLETE").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run(*command(start, out, "--resume"))
+    one, resumed = weights(whole), weights(out)
+    assert all(torch.equal(one[name], resumed[name]) for name in one)
+    assert losses(out) == losses(whole)
+
+
+def test_two_processes_equal_one(start, whole, tmp_path):
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    arguments = command(start, tmp_path / "two")
+    arguments[arguments.index("--batch_size") + 1] = "1"
+    run(*arguments, launcher=two)
+    one, both = weights(whole), weights(tmp_path / "two")
+    for name, weight in one.items():
+        assert torch.allclose(weight, both[name], atol=2e-5), name
+
+
+def test_learning_rates_of_embeddings_and_the_rest(start):
+    model = MidiLM.from_pretrained(start[0], device="cpu").model
+    config = TrainConfig(lr=1e-4, music_lr=3e-4)
+    groups = parameter_groups(model, config)
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    of = {id(p): g for g in groups for p in g["params"]}
+    assert of[id(model.get_input_embeddings().weight)]["lr"] == 3e-4
+    assert of[id(model.model.norm.weight)] | {"params": 0} == {
+        "params": 0, "lr": 1e-4, "weight_decay": 0.0,
+    }  # fmt: skip
+    assert of[id(model.model.layers[0].mlp.up_proj.weight)]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_trains_the_music_rows_and_no_others(tmp_path, tied):
+    peft = pytest.importorskip("peft")
+    loaded = MidiLM.from_pretrained(begin(tmp_path, tied)[0], device="cpu")
+    before = loaded.model.get_input_embeddings().weight.detach().clone()
+    head = loaded.model.get_output_embeddings().weight.detach().clone()
+    model = peft.get_peft_model(loaded.model, lora_config(loaded.processor, loaded.model, rank=2))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    ids = torch.tensor([[1, 2, loaded.processor.offset + 5, loaded.processor.offset + 900]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    merged = model.merge_and_unload()
+    offset, size = loaded.processor.offset, SMALL.size
+    after = merged.get_input_embeddings().weight.detach()
+    changed = (after != before).any(1).nonzero().flatten().tolist()
+    assert changed
+    assert all(offset <= row < offset + size for row in changed)
+    rows = (merged.get_output_embeddings().weight.detach() != head).any(1).nonzero().flatten()
+    assert all(offset <= row < offset + size for row in rows.tolist())
+    assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"steps": 0}, "steps must be"),
+        ({"lr": 0.0}, "lr must be over 0"),
+        ({"music_lr": 2.0}, "music_lr must be"),
+        ({"warmup": 1.0}, "warmup must be"),
+        ({"batch_size": 1.5}, "batch_size must be"),
+    ],
+)
+def test_wrong_settings_are_refused(change, says):
+    with pytest.raises(UserError, match=says):
+        TrainConfig(**change)
+
+
+def test_a_folder_in_use_is_refused(start, tmp_path):
+    from datasets import load_from_disk
+
+    loaded = MidiLM.from_pretrained(start[0], device="cpu")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        train(
+            loaded.model, loaded.processor, load_from_disk(str(start[1])), tmp_path / "used",
+            TrainConfig(steps=1),
+        )  # fmt: skip
+    assert Path(tmp_path / "used" / "file").read_text() == "mine"
