@@ -537,6 +537,20 @@ def test_controls_come_exactly_when_due_and_in_order(config, data, seed):
         assert len(told) == len(controls)
 
 
+@pytest.mark.parametrize(("tick", "due"), [(100, True), (101, False)])
+def test_a_control_is_due_at_five_seconds_exactly(tick, due):
+    offset = ANTICIPATING.control_offset
+    controls = np.array([[tick, 3, 61], [tick + 7, 3, 61]])
+    grammar = Grammar(Rules(ANTICIPATING), max_events=9, controls=controls)
+    assert (grammar.allowed().ids().tolist() == [offset + tick]) is due
+    before = np.array([[7, 2, 60]])
+    grammar = Grammar(Rules(ANTICIPATING), max_events=9, controls=controls, given=before)
+    for _ in range(3 * (1 + due)):
+        assert len(grammar.allowed().ids()) == 1
+        grammar.push(grammar.allowed().start)
+    assert len(grammar.allowed().ids()) > 1
+
+
 def test_max_events_holds_where_a_control_falls_due_with_the_last_event():
     controls = np.array([[120, 3, 61]])
     grammar = Grammar(Rules(ANTICIPATING), max_events=1, controls=controls)

@@ -37,16 +37,12 @@ def grammar_of(amt=SMALL, max_events=20, given=None, controls=None, start=0, **c
     return Grammar(rules, max_events=max_events, given=given, controls=controls, start=start)
 
 
-def prompt_of(amt):
-    return [3, 4, OFFSET + amt.autoregress]
-
-
 def params_of(vllm, make=None, *, as_text=False, **changes):
     """SamplingParams of a request, bound to a grammar or not."""
     if make is None:
         return vllm.SamplingParams(max_tokens=100)
     grammar = make()
-    args = midi_args(prompt_of(grammar.rules.config), grammar, OFFSET) | changes
+    args = midi_args(grammar, OFFSET) | changes
     return vllm.SamplingParams(
         max_tokens=100, extra_args={"midi": json.dumps(args) if as_text else args}
     )
@@ -392,17 +388,12 @@ def test_right_requests_and_others_pass(plugin, vllm):
     plugin.MidiGrammarV1.validate_params(vllm.SamplingParams(extra_args={"other": 1}))
 
 
-def test_given_and_controls_come_out_of_the_prompt_and_the_grammar(plugin, vllm):
+def test_given_and_controls_come_out_of_the_grammar(plugin, vllm):
     amt = WITH_CONTROLS
     given = np.array([[0, 5, 60], [70, 5, 64]])
     controls = np.array([[90, 5, 60], [160, 5, 62], [300, 2, 2050]])
     make = lambda: grammar_of(amt, given=given, controls=controls, start=80)  # noqa: E731
-    ids = [amt.anticipate, 0, amt.duration_offset + 5, amt.note_offset + 60]
-    ids += [20, amt.duration_offset, amt.rest]
-    shift = amt.control_offset
-    ids += [shift + 88, shift + amt.duration_offset + 1, shift + amt.note_offset + 3]
-    ids += [70, amt.duration_offset + 5, amt.note_offset + 64]
-    args = midi_args([3, *(OFFSET + i for i in ids)], make(), OFFSET)
+    args = midi_args(make(), OFFSET)
     assert args["given"] == given.tolist()
     assert args["controls"] == controls.tolist()
     assert args["start"] == 80

@@ -4,7 +4,9 @@ All sequences of a batch start their music together, so they are always at the s
 event; of the head only the rows of that slot are multiplied.
 """
 
+import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+DEFAULT_NOTES = 682  # as the public script makes: 2046 ids
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next id is drawn from those allowed.
@@ -42,11 +47,8 @@ class Sampling:
         """Check the fields; raises UserError."""
         for name, low, high in (("temperature", 0, 100), ("top_p", 0, 1)):
             value = getattr(self, name)
-            if (
-                isinstance(value, bool)
-                or not low <= value <= high
-                or (name == "top_p" and not value)
-            ):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and low <= value <= high and (value or name != "top_p")):
                 raise UserError(f"{name} must be within {low} and {high}, not {value!r}")
 
 
@@ -85,42 +87,16 @@ class MidiOutput:
         return Path(path)
 
 
-class MidiLM:
-    """A text-to-music model of transformers with its processor.
+class Composer(ABC):
+    """What every engine shares: prompts, constraints and the pieces that come out.
 
-    Args:
-        model: A causal LM with music ids, in eval mode.
-        processor: Its processor.
+    An engine knows how many ids its model reads (`_context`) and how to go on (`_decode`).
+
+    Attributes:
+        processor: The model's processor.
     """
 
-    def __init__(self, model: "PreTrainedModel", processor: TextMidiProcessor) -> None:
-        processor.check_model(model)
-        self.model, self.processor = model, processor
-
-    @classmethod
-    def from_pretrained(
-        cls, folder: "str | PathLike[str]", *, device: str = "auto", dtype: Any = "auto"
-    ) -> "MidiLM":
-        """Load a model's folder.
-
-        Raises:
-            UserError: the folder is missing, or holds no text-to-music model.
-        """
-        from transformers import AutoModelForCausalLM
-
-        from tenfold_common.device import resolve_device
-
-        processor = TextMidiProcessor.from_pretrained(folder)
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{folder} holds no model that can be read: {error}") from error
-        return cls(model.eval().to(resolve_device(device).value), processor)
-
-    def save_pretrained(self, folder: "str | PathLike[str]") -> None:
-        """Write the model and its processor into a folder."""
-        self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+    processor: TextMidiProcessor
 
     def generate(
         self,
@@ -129,7 +105,7 @@ class MidiLM:
         n: int = 1,
         temperature: float = 1.0,
         top_p: float = 0.98,
-        max_notes: int = 682,
+        max_notes: int = DEFAULT_NOTES,
         constraints: GenerationConstraints | None = None,
         style: Style | None = None,
         batch_size: int = 16,
@@ -164,6 +140,10 @@ class MidiLM:
         if n > 1 and temperature == 0:
             raise UserError("with temperature 0 all n pieces would be the same; ask for one")
         rules = Rules(self.processor.amt, constraints)
+        if rules.constraints.min_notes > max_notes:
+            raise UserError(
+                f"min_notes is {rules.constraints.min_notes}, but max_notes {max_notes}"
+            )
         ids = [self.processor.encode(text) for text in texts]
         max_events = self._room(ids, max_notes)
         rows = [
@@ -224,19 +204,27 @@ class MidiLM:
         inside = (notes.onset >= start) & (notes.onset < end)
         kept = np.isin(notes.instrument, [instrument_number(i) for i in keep_instruments])
         known = notes[~inside | kept]
-        within = known[known.onset < amt.max_time]
-        events = events_of(within, amt)
-        before = events[within.onset < start]
-        controls = events[within.onset >= start]
+        events = events_of(known, amt)
+        early = known.onset < start
+        fits = events[:, 0] < amt.times
+        before, controls = events[early & fits], events[~early & fits]
         given = dict(constraints.to_dict()) if constraints else {}
         given["end_time"] = min(end, given.get("end_time", end))
         rules = Rules(amt, GenerationConstraints.from_dict({**given, "min_notes": 0}))
         context, flags = _interleaved(before, controls, amt)
-        done = controls[int(flags.sum()) :]
+        placed = int(flags.sum())
         ids = [*self.processor.encode(prompt, controls=True), *(self.processor.offset + context)]
-        first = int(np.floor(start * amt.resolution))
-        room = self._room([ids], 10**6)
-        grammar = Grammar(rules, max_events=room, given=before, controls=done, start=first)
+        first = math.ceil(start * amt.resolution)
+        left = len(controls) - placed
+        room = self._room([ids], 10**6) - left  # a control takes the place of an event
+        if room < 1:
+            raise UserError(
+                f"{left} notes are to be kept behind second {start:g}, more than the model "
+                "reads; infill a shorter piece"
+            )
+        grammar = Grammar(
+            rules, max_events=room, given=before, controls=controls, placed=placed, start=first
+        )
         music = self._decode([(ids, grammar)], Sampling(temperature, top_p), 1, seed)[0]
         new = notes_of_events(np.array(grammar.events, np.int64).reshape(-1, 3), amt)
         return MidiOutput(
@@ -319,9 +307,9 @@ class MidiLM:
 
     # Within
 
+    @abstractmethod
     def _context(self, text: int) -> int:
-        longest = getattr(self.model.config, "max_position_embeddings", None) or 2048
-        return int(longest) - text
+        """Return how many ids fit behind so many."""
 
     def _room(self, ids: Sequence[Sequence[int]], wanted: int) -> int:
         """Return how many events fit behind prompts."""
@@ -332,7 +320,7 @@ class MidiLM:
                 f"a prompt has {longest} ids, but the model reads "
                 f"{self._context(0)} and an event needs 3; shorten the prompt"
             )
-        if wanted > room and wanted < 10**6:
+        if room < wanted < 10**6 and wanted != DEFAULT_NOTES:
             warnings.warn(f"max_notes is {wanted}, but {room} fit behind the prompt", stacklevel=3)
         return min(wanted, room)
 
@@ -340,6 +328,60 @@ class MidiLM:
         events = np.array(grammar.events, np.int64).reshape(-1, 3)
         notes = notes_of_events(events, self.processor.amt)
         return MidiOutput(prompt, notes, tuple(ids), grammar.finish_reason or "stop", style)
+
+    @abstractmethod
+    def _decode(
+        self,
+        rows: "list[tuple[list[int], Grammar]]",
+        sampling: Sampling,
+        batch_size: int,
+        seed: int,
+    ) -> list[list[int]]:
+        """Return the music ids that follow prompts, each by its grammar, which is advanced."""
+
+
+class MidiLM(Composer):
+    """A text-to-music model of transformers with its processor.
+
+    Args:
+        model: A causal LM with music ids, in eval mode.
+        processor: Its processor.
+    """
+
+    def __init__(self, model: "PreTrainedModel", processor: TextMidiProcessor) -> None:
+        processor.check_model(model)
+        self.model, self.processor = model, processor
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: "str | PathLike[str]", *, device: str = "auto", dtype: Any = "auto"
+    ) -> "MidiLM":
+        """Load a model's folder.
+
+        Raises:
+            UserError: the folder is missing, or holds no text-to-music model.
+        """
+        from transformers import AutoModelForCausalLM
+
+        from tenfold_common.device import resolve_device
+
+        processor = TextMidiProcessor.from_pretrained(folder)
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{folder} holds no model that can be read: {error}") from error
+        return cls(model.eval().to(resolve_device(device).value), processor)
+
+    def save_pretrained(self, folder: "str | PathLike[str]") -> None:
+        """Write the model and its processor into a folder."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+    # Within
+
+    def _context(self, text: int) -> int:
+        longest = getattr(self.model.config, "max_position_embeddings", None) or 2048
+        return int(longest) - text
 
     def _decode(
         self,

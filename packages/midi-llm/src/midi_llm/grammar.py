@@ -45,7 +45,7 @@ class GenerationConstraints:
         max_polyphony: How many notes sound at once at most.
         end_time: Seconds before which every note begins and ends.
         notes_per_second: From the beginning to any moment there are at most so many in the mean,
-            and one second's worth more.
+            and one second's worth more, rounded up.
         min_notes: The piece may not end with fewer.
     """
 
@@ -59,8 +59,12 @@ class GenerationConstraints:
 
     def __post_init__(self) -> None:
         """Check the fields; raises UserError."""
-        if isinstance(self.instruments, str):
-            raise UserError("instruments is a list, such as ['piano', 'drums']")
+        if self.instruments is not None and (
+            isinstance(self.instruments, str) or not isinstance(self.instruments, Sequence)
+        ):
+            raise UserError(
+                f"instruments is a list, such as ['piano', 'drums'], not {self.instruments!r}"
+            )
         if self.instruments is not None:
             if not self.instruments:
                 raise UserError("instruments is empty, so that no note is left")
@@ -69,19 +73,26 @@ class GenerationConstraints:
         if self.key is not None:
             parse_key(self.key)
         if self.pitch_range is not None:
-            low, high = self.pitch_range
-            if not 0 <= low <= high <= 127:
-                raise UserError(f"pitch_range must rise within 0 to 127, not {self.pitch_range}")
+            pair = self.pitch_range
+            if (
+                not isinstance(pair, tuple | list)
+                or len(pair) != 2
+                or any(isinstance(p, bool) or not isinstance(p, int) for p in pair)
+                or not 0 <= pair[0] <= pair[1] <= 127
+            ):
+                raise UserError(
+                    f"pitch_range must be two pitches that rise within 0 to 127: {pair!r}"
+                )
         for name in ("max_polyphony", "min_notes"):
             value = getattr(self, name)
             low = 0 if name == "min_notes" else 1
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or value < low
-            ):
+            free = value is None and name != "min_notes"
+            if not free and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 raise UserError(f"{name} must be a whole number of at least {low}, not {value!r}")
         for name in ("end_time", "notes_per_second"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < math.inf):
                 raise UserError(f"{name} must be over 0 and finite, not {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +111,7 @@ class GenerationConstraints:
             if name not in known:
                 raise UserError(f"there is no constraint {name!r}.{suggest(name, known)}")
         values = dict(values)
-        if values.get("pitch_range") is not None:
+        if isinstance(values.get("pitch_range"), list):  # as JSON has it
             values["pitch_range"] = tuple(values["pitch_range"])
         return cls(**values)
 
@@ -128,8 +139,10 @@ class Allowed(NamedTuple):
 
     def __contains__(self, id: object) -> bool:
         """Whether an id is among them."""
-        if not isinstance(id, int) or id == self.extra:
-            return id == self.extra and id is not None
+        if not isinstance(id, int | np.integer):
+            return False
+        if id == self.extra:
+            return True
         inside = self.start <= id < self.stop
         return inside and (self.mask is None or bool(self.mask[id - self.start]))
 
@@ -188,7 +201,9 @@ class Grammar:
         max_events: Events after which it ends; rests count, those given do not.
         given: `[n, 3]` events that stand before, within the same window.
         controls: `[m, 3]` events to anticipate: each is forced in, as three ids of a control, as
-            soon as an event is at most five seconds before it.
+            soon as an event is at most five seconds before it. They are not doubled and count
+            among the 15 instruments, but not for `max_polyphony` or `max_events`.
+        placed: How many of the controls, the first ones, the prompt holds already.
         start: Tick before which no event may begin.
     """
 
@@ -199,9 +214,11 @@ class Grammar:
         max_events: int,
         given: np.ndarray | None = None,
         controls: np.ndarray | None = None,
+        placed: int = 0,
         start: int = 0,
     ) -> None:
         self.rules, self.max_events = rules, max_events
+        self.given, self.controls, self.placed, self.start = given, controls, placed, start
         self.events: list[tuple[int, int, int]] = []  # those pushed, without controls
         self.finish_reason: str | None = None
         self._slot = self._time = self._duration = 0
@@ -213,6 +230,11 @@ class Grammar:
         self._mask = rules.notes
         self._free = self._count()
         self._left = [] if controls is None else controls.tolist()[::-1]
+        self._kept: dict[int, set[int]] = {}  # notes of the controls by onset
+        for time, _, note in self._left:
+            self._kept.setdefault(time, set()).add(note)
+            self._hear(note // rules.config.pitches)
+        del self._left[len(self._left) - placed :]
         self._forced: list[int] = []
         for event in [] if given is None else given.tolist():
             self._enter(*event)
@@ -238,10 +260,15 @@ class Grammar:
             return Allowed(self._forced[-1], self._forced[-1] + 1)
         config = self.rules.config
         if self._slot == 0:
-            low = self._earliest()
+            low = self._earliest() if self._free else self.rules.end
             extra = config.separator if self._notes >= self.rules.constraints.min_notes else None
             if low >= self.rules.end:
                 if extra is None:
+                    if not self._free:
+                        raise UserError(
+                            f"no note is left: {CHANNELS} other instruments sound already, and "
+                            "a MIDI file has no more channels; loosen instruments"
+                        )
                     raise UserError(
                         f"the music ends after {self._notes} notes, but min_notes is "
                         f"{self.rules.constraints.min_notes}: {self._blame()}"
@@ -249,16 +276,22 @@ class Grammar:
                 return Allowed(extra, extra + 1)
             return Allowed(low, self.rules.end, None, extra)
         if self._slot == 1:
-            rest = self._time > self._last or not self._free
-            longest = min(config.durations, self.rules.end - self._time + 1)
+            # Each event that may still come is a note if that many notes are still wanted.
+            wanted = self.rules.constraints.min_notes - self._notes
+            rest = self._time > self._last and self.max_events - len(self.events) > wanted
+            longest = config.durations
+            if self.rules.constraints.end_time is not None:
+                longest = min(longest, self.rules.end - self._time + 1)
             first = config.duration_offset
             return Allowed(first + (not rest), first + longest)
         if self._duration == 0:
             return Allowed(config.rest, config.rest + 1)
         mask = self._mask
-        if self._time == self._last and self._now:
+        if taken := self._taken(self._time):
             mask = mask.copy()
-            mask[list(self._now)] = False
+            mask[list(taken)] = False
+            if not mask.any():  # others play all of them here: doubling one is all that is left
+                mask = self._mask
         whole = mask is self.rules.notes and self.rules.all
         return Allowed(config.note_offset, config.rest, None if whole else mask)
 
@@ -280,6 +313,7 @@ class Grammar:
         if self._forced:
             self._forced.pop()
             self._slot = (self._slot + 1) % 3
+            self._end_if_full()
             return
         if id == config.separator:
             self.finish_reason = "stop" if self._earliest() < self.rules.end else "end_time"
@@ -293,8 +327,16 @@ class Grammar:
             self._enter(self._time, self._duration, note)
             self._slot = 0
             self._force()
-            if len(self.events) >= self.max_events and not self._forced:
-                self.finish_reason = "length"
+            self._end_if_full()
+
+    def _end_if_full(self) -> None:
+        if len(self.events) >= self.max_events and not self._forced:
+            self.finish_reason = "length"
+
+    def _taken(self, time: int) -> set[int]:
+        """Return the notes that begin at a tick already."""
+        own = self._now if time == self._last else set()
+        return own | self._kept.get(time, set())
 
     def _enter(self, time: int, duration: int, note: int) -> None:
         if time != self._last:
@@ -305,7 +347,10 @@ class Grammar:
         self._notes += 1
         self._now.add(note)
         insort(self._ends, time + duration)
-        instrument = note // self.rules.config.pitches
+        self._hear(note // self.rules.config.pitches)
+
+    def _hear(self, instrument: int) -> None:
+        """Note an instrument; from the fifteenth on no other pitched one may join."""
         if instrument != self.rules.drums and instrument not in self._seen:
             self._seen.add(instrument)
             if len(self._seen) == CHANNELS:

@@ -222,6 +222,8 @@ class TextMidiProcessor:
             values = json.loads(file.read_text(encoding="utf-8"))
             amt = AMTConfig.from_dict(values["amt"])
             offset, system = values["offset"], values["system"]
+            if not isinstance(system, str):
+                raise TypeError(f"system is {system!r}, must be a text")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is broken: {error}") from error
         try:

@@ -16,9 +16,7 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
-import numpy as np
-
-from midi_llm.decode import MidiLM, Sampling
+from midi_llm.decode import Composer, Sampling
 from midi_llm.grammar import Grammar
 from midi_llm.modeling import TextMidiProcessor
 from tenfold_common.errors import UserError
@@ -29,10 +27,9 @@ Rows = list[tuple[list[int], Grammar]]  # prompts, each with the state after it
 Request = tuple[list[int], dict[str, Any], str]  # prompt, how to sample, "midi" as JSON
 
 
-class _VLLM(MidiLM):
+class _VLLM(Composer):
     """What the engine and the server share; `_ask` is theirs."""
 
-    processor: TextMidiProcessor
     context: int  # ids of a sequence
 
     def _context(self, text: int) -> int:
@@ -46,7 +43,7 @@ class _VLLM(MidiLM):
         requests = []
         for i, (prompt, grammar) in enumerate(rows):
             ids = [int(id) for id in prompt]  # vLLM chokes on numpy's integers
-            midi = midi_args(ids, grammar, offset)
+            midi = midi_args(grammar, offset)
             longest = 3 * (grammar.max_events + len(midi.get("controls", ())))
             fields = {
                 "temperature": float(sampling.temperature),
@@ -260,37 +257,22 @@ class _Server(ServerModel):
         return found
 
 
-def midi_args(prompt: Sequence[int], grammar: Grammar, offset: int) -> dict[str, Any]:
+def midi_args(grammar: Grammar, offset: int) -> dict[str, Any]:
     """Return the fields that bind a request to a grammar; see `midi_llm.vllm_plugin`.
 
     Args:
-        prompt: Its ids; events behind the flag that begins the music are those given.
         grammar: Its state after the prompt, nothing pushed yet.
         offset: The id of music id 0.
     """
-    rules, amt = grammar.rules, grammar.rules.config
     made: dict[str, Any] = {
-        "grid": amt.to_dict(),
+        "grid": grammar.rules.config.to_dict(),
         "offset": offset,
         "max_events": grammar.max_events,
+        "constraints": grammar.rules.constraints.to_dict(),
+        "placed": grammar.placed,
+        "start": grammar.start,
     }
-    constraints = rules.constraints.to_dict()
-    if constraints:
-        made["constraints"] = {
-            k: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v
-            for k, v in constraints.items()
-        }
-    ids = np.array(prompt, np.int64) - offset
-    begins = int(np.flatnonzero(ids >= amt.autoregress)[-1]) + 1
-    events = ids[begins:].reshape(-1, 3) - [0, amt.duration_offset, amt.note_offset]
-    given = events[(events[:, 0] < amt.times) & (events[:, 2] < amt.notes)]
-    if len(given):
-        made["given"] = given.tolist()
-    due = np.array(grammar._forced[::-1], np.int64).reshape(-1, 3) - amt.control_offset
-    due = due - [0, amt.duration_offset, amt.note_offset]
-    controls = [*due.tolist(), *grammar._left[::-1]]
-    if controls:
-        made["controls"] = controls
-    if grammar._start:
-        made["start"] = grammar._start
+    for name, events in (("given", grammar.given), ("controls", grammar.controls)):
+        if events is not None and len(events):
+            made[name] = events.tolist()
     return made

@@ -13,7 +13,8 @@ A request is bound to the grammar by `SamplingParams.extra_args={"midi": {...}}`
     max_events   events after which the sequence ends
     constraints  fields of GenerationConstraints; left out for none
     given        [[onset, duration, note], ...], events that stand in the prompt
-    controls     events to be anticipated that do not stand in the prompt yet, rising
+    controls     events to be anticipated, rising
+    placed       how many of them, the first ones, stand in the prompt already
     start        tick before which no event may begin
 
 The prompt must end before an onset, and the separator must be a stop id (`stop_token_ids`). What
@@ -43,7 +44,7 @@ require("vllm", **_WANTED)
 _v1 = require("vllm.v1.sample.logits_processor", **_WANTED)
 _v2 = require("vllm.v1.worker.gpu.sample.logits_processor", **_WANTED)
 
-_FIELDS = ("grid", "offset", "max_events", "constraints", "given", "controls", "start")
+_FIELDS = ("grid", "offset", "max_events", "constraints", "given", "controls", "placed", "start")
 _NOTHING = 1e30  # logit of id 0, a text's, in a row that has no other
 
 
@@ -126,8 +127,12 @@ def read_request(params: Any) -> "tuple[Callable[[], Grammar], int] | None":
     for name in _FIELDS[:3]:
         if name not in values:
             raise UserError(f'"midi" lacks {name!r}')
-    offset, max_events, start = values["offset"], values["max_events"], values.get("start", 0)
-    numbers = (("offset", offset, 1), ("max_events", max_events, 1), ("start", start, 0))
+    offset, max_events = values["offset"], values["max_events"]
+    placed, start = values.get("placed", 0), values.get("start", 0)
+    numbers = (
+        ("offset", offset, 1), ("max_events", max_events, 1), ("placed", placed, 0),
+        ("start", start, 0),
+    )  # fmt: skip
     for name, value, low in numbers:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**31:
             raise UserError(f"{name} must be a whole number of at least {low}, not {value!r}")
@@ -144,7 +149,9 @@ def read_request(params: Any) -> "tuple[Callable[[], Grammar], int] | None":
         raise UserError("this grid has no controls (anticipation is false)")
 
     def make() -> Grammar:
-        return Grammar(rules, max_events=max_events, given=given, controls=controls, start=start)
+        return Grammar(
+            rules, max_events=max_events, given=given, controls=controls, placed=placed, start=start
+        )
 
     return make, offset
 
