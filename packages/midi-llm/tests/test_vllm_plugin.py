@@ -361,7 +361,10 @@ GRID = SMALL.to_dict()
         ({"grid": {"pitch": 3}, "offset": 3, "max_events": 3}, "no field 'pitch'"),
         ({"grid": 7, "offset": 3, "max_events": 3}, "does not fit"),
         ({"grid": GRID, "offset": 3, "max_events": 3, "constraints": {"key": "H"}}, "key"),
-        ({"grid": GRID, "offset": 3, "max_events": 3, "constraints": {"end_time": "x"}}, "fit"),
+        (
+            {"grid": GRID, "offset": 3, "max_events": 3, "constraints": {"end_time": "x"}},
+            "end_time",
+        ),
         (
             {"grid": GRID, "offset": 3, "max_events": 3, "constraints": {"pitch_range": [9, 1]}},
             "pitch_range",

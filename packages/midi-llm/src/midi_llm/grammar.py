@@ -17,6 +17,7 @@ from midi_llm.midi_io import parse_key
 from midi_llm.vocab import DRUMS, AMTConfig, instrument_number
 from tenfold_common.errors import UserError, suggest
 
+MOST_AT_ONCE = 64  # notes that begin at one tick; the public script refuses pieces with more
 CHANNELS = 15  # pitched instruments that a MIDI file has room for
 _TONICS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 # The minor scale with both sevenths, since the raised one belongs to its harmony.
@@ -374,8 +375,12 @@ class Grammar:
         """Return the first tick at which an event may begin."""
         constraints, config = self.rules.constraints, self.rules.config
         low = max(self._last, self._start)
-        if low == self._last and len(self._now) >= min(self._free, 64):
-            low += 1  # every note that is left sounds already
+        if low == self._last and len(self._now) >= MOST_AT_ONCE:
+            low += 1
+        while low < self.rules.end and (taken := self._taken(low)):
+            if sum(bool(self._mask[note]) for note in taken) < self._free:
+                break
+            low += 1  # every note that is left begins there already
         if constraints.notes_per_second is not None:
             due = (self._notes + 1 - self.rules.burst) / constraints.notes_per_second
             low = max(low, math.ceil(due * config.resolution))
