@@ -153,6 +153,7 @@ class VLLMRunner(Runner):
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=env,
         )  # fmt: skip
         self._prompt: list[int] = []
+        self._read: list[int] = []
         self.compile_seconds = self._ask({"do": "hello"})
 
     def _ask(self, request: dict) -> Any:
@@ -172,10 +173,16 @@ class VLLMRunner(Runner):
 
     def start(self, prompt: Tensor, cache: Any = None) -> None:
         """Remember the prompt."""
-        self._prompt = prompt.tolist()
+        self._prompt = self._read = prompt.tolist()
 
     def rewind(self, length: int) -> None:
-        """Do nothing: every request has its own sequence."""
+        """Forget what was read from there on; every request sends its whole sequence."""
+        self._read = self._read[:length]
+
+    def step(self, token: int) -> Tensor:
+        """Send the whole sequence anew, which is not how it is timed."""
+        self._read = [*self._read, token]
+        return self.logits(self._read)
 
     def seconds(self, token: int, length: int, steps: int) -> float:
         """As the worker measured."""

@@ -25,7 +25,7 @@ CONSTRAINTS = (
     "min_notes",
 )  # fmt: skip
 ENGINES = ("transformers", "vllm", "server")
-METRICS = ("control", "distribution", "mel", "clap")
+METRICS = ("control", "compression", "distribution", "fad", "clap")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,7 +117,7 @@ def _parser() -> Parser:
     expand = verb("expand", _expand, "give a text model a music vocabulary")
     expand.add_argument("--base", required=True, metavar="MODEL", help="a folder or a hub name")
     expand.add_argument("--out", required=True, metavar="FOLDER")
-    expand.add_argument("--init", choices=("normal", "mean"), default="normal")
+    expand.add_argument("--init", choices=("normal", "mean", "factored"), default="normal")
     expand.add_argument("--small", action="store_true", help="the grid for tiny models")
     expand.add_argument("--overwrite", action="store_true")
 
@@ -162,6 +162,10 @@ def _parser() -> Parser:
     )
     evaluate.add_argument("--metrics", nargs="+", choices=METRICS, default=["control"])
     evaluate.add_argument("--real", metavar="FOLDER", help="real MIDI to compare with")
+    evaluate.add_argument("--soundfont", metavar="FILE", help="of fad and clap, which are heard")
+    evaluate.add_argument(
+        "--shrinkage", type=float, help="of fad's covariances, where pieces are few: 0 to 1"
+    )
     evaluate.add_argument("--resamples", type=_count, default=2000, help="of the bootstrap")
 
     render = verb("render", _render, "turn a MIDI file into sound and pictures")
@@ -583,13 +587,33 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if not files:
             raise UserError(f"{arguments.real} has no *.mid")
         real = [read_notes(file) for file in files]
+    heard = {"fad", "clap"} & set(arguments.metrics)
+    audio = [_heard(notes, arguments.soundfont) for notes in outputs] if heard else None
+    real_audio = None
+    if "fad" in heard:
+        if real is None:
+            raise UserError("fad compares with real music; name a folder of it with --real")
+        real_audio = [_heard(notes, arguments.soundfont) for notes in real]
     found = evaluate(
-        outputs, requested, metrics=tuple(arguments.metrics), real=real,
-        resamples=arguments.resamples, seed=arguments.seed,
+        outputs, requested, metrics=tuple(arguments.metrics), real=real, audio=audio,
+        real_audio=real_audio, shrinkage=arguments.shrinkage, resamples=arguments.resamples,
+        seed=arguments.seed,
     )  # fmt: skip
     print(found.table())
     _write(arguments, found.to_dict())
     return 0
+
+
+def _heard(notes: "Notes", soundfont: str | None) -> Any:
+    """Return a piece as it sounds: samples and rate."""
+    import tempfile
+
+    from midi_llm.render import read_wav, to_wav
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "a.wav"
+        to_wav(notes, file, soundfont=soundfont, rate=22050)
+        return read_wav(file)
 
 
 def _render(arguments: argparse.Namespace) -> int:
