@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,7 @@ class VLLMRunner(Runner):
         self._process = subprocess.Popen(
             [python, str(worker), self._folder.name, str(room)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=env,
+            start_new_session=True,
         )  # fmt: skip
         self._prompt: list[int] = []
         self._read: list[int] = []
@@ -159,6 +162,7 @@ class VLLMRunner(Runner):
     def _ask(self, request: dict) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -169,7 +173,13 @@ class VLLMRunner(Runner):
             self._log.seek(0)
             last = self._log.read().strip().splitlines()[-1:]
             raise UserError(f"vLLM ended: {' '.join(last)}")
+        self._signal(signal.SIGSTOP)
         return json.loads(line)
+
+    def _signal(self, number: int) -> None:
+        """Stop or go on: its workers spin while they wait, on the cores that others are timed on."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def start(self, prompt: Tensor, cache: Any = None) -> None:
         """Remember the prompt."""
@@ -194,6 +204,7 @@ class VLLMRunner(Runner):
 
     def close(self) -> None:
         """End the process."""
+        self._signal(signal.SIGCONT)
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
