@@ -177,7 +177,7 @@ class VLLMRunner(Runner):
         return json.loads(line)
 
     def _signal(self, number: int) -> None:
-        """Stop or go on: its workers spin while they wait, on the cores that others are timed on."""
+        """Stop or go on: its workers spin while they wait, on cores that others are timed on."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
