@@ -535,8 +535,8 @@ def tunes(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     for book in sorted((folder / "nottingham" / "ABC_cleaned").glob("*.abc")):
         for tune in re.split(r"(?m)^X:\s*", book.read_text("utf-8", "replace"))[1:]:
             number = re.match(r"\d+", tune)[0]
-            fields = [re.findall(rf"(?m)^{letter}:\s*(\S+)", tune) for letter in "KM"]
-            yield folder / "nottingham" / "MIDI" / f"{book.stem}{number}.mid", *fields
+            keys, metres = (re.findall(rf"(?m)^{letter}:\s*(\S+)", tune) for letter in "KM")
+            yield folder / "nottingham" / "MIDI" / f"{book.stem}{number}.mid", keys, metres
 
 
 @pytest.mark.realdata

@@ -42,7 +42,7 @@ def make(amt=SMALL, *, stop=-25.0, bias=True, room=512, hidden=32, seed=3):
     head = torch.nn.Linear(hidden, rows, bias=bias)
     offset = model.config.music_offset
     with torch.no_grad():
-        model.get_input_embeddings().weight *= 20  # what came before matters
+        model.get_input_embeddings().weight.mul_(20)  # what came before matters
         head.weight.copy_(model.lm_head.weight * 20)
         if bias:
             head.bias.zero_()

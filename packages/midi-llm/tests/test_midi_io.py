@@ -3,6 +3,7 @@
 import itertools
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import mido
 import numpy as np
@@ -259,7 +260,7 @@ def test_scores_nearly_read_as_files(data):
         np.testing.assert_allclose(np.array(again), np.array(spans), rtol=1e-9, atol=1e-9)
 
 
-def score_of(tpq: int = 480) -> symusic.Score:
+def score_of(tpq: int = 480) -> Any:
     score = symusic.Score(tpq)
     track = symusic.Track("a", 5, False)
     track.notes.append(symusic.Note(tpq, tpq, 60, 99))

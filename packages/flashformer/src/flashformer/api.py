@@ -94,8 +94,9 @@ def _build(
     backend: str,
 ) -> Backend:
     state = Seen(model.state_dict())
-    embedding = model.get_input_embeddings().weight
-    if spec.tied and model.get_output_embeddings().weight is not embedding:
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if spec.tied and head.weight is not embedding.weight:
         raise UserError(
             "tie_word_embeddings is true, but the head's weights are not the embedding's; set "
             "model.config.tie_word_embeddings = False, or call model.tie_weights()"

@@ -550,7 +550,7 @@ def _train(arguments: argparse.Namespace) -> int:
              "log_every", "bf16", "seed")  # fmt: skip
     config = TrainConfig(**{name: getattr(arguments, name) for name in names})
     try:
-        dataset = load_from_disk(arguments.data)
+        dataset: Any = load_from_disk(arguments.data)
     except (FileNotFoundError, ValueError, OSError) as error:
         raise UserError(f"{arguments.data} holds no data of `midi-llm prepare`: {error}") from error
     loaded = MidiLM.from_pretrained(arguments.model, device="cpu")

@@ -285,7 +285,7 @@ def fit(lm: "MidiLM", dataset: "Dataset", settings: DemoSettings, *, steps: int,
     from midi_llm.train import TrainConfig, parameter_groups
 
     model = lm.model.train()
-    columns = MidiDataCollator()(list(dataset))
+    columns = MidiDataCollator()([dict(row) for row in dataset])
     rng = np.random.default_rng([seed, 6])
     rates = TrainConfig(lr=settings.lr, music_lr=settings.music_lr)
     optimizer = torch.optim.AdamW(parameter_groups(model, rates), betas=(0.9, 0.95))
@@ -314,7 +314,7 @@ def nll_a_note(lm: "MidiLM", dataset: "Dataset") -> float:
 
     from midi_llm.data import MidiDataCollator
 
-    columns = MidiDataCollator()(list(dataset))
+    columns = MidiDataCollator()([dict(row) for row in dataset])
     total = count = 0.0
     with torch.inference_mode():
         for start in range(0, len(dataset), 16):
@@ -331,6 +331,7 @@ def free_errors(lm: "MidiLM", asked: Sequence[str], settings: DemoSettings, seed
 
     from midi_llm.tokenizer import AMTTokenizer
 
+    model: Any = lm.model
     processor, amt = lm.processor, lm.processor.amt
     tokenizer = AMTTokenizer(amt)
     torch.manual_seed(seed)
@@ -344,7 +345,7 @@ def free_errors(lm: "MidiLM", asked: Sequence[str], settings: DemoSettings, seed
 
     for caption in asked[:8]:
         ids = torch.tensor([processor.encode(caption)])
-        made: Any = lm.model.generate(
+        made: Any = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=3 * settings.max_notes // 2,
             do_sample=True, top_p=0.98, top_k=0, pad_token_id=processor.offset + amt.size,
             eos_token_id=processor.offset + amt.separator,

@@ -145,7 +145,7 @@ class Allowed(NamedTuple):
         if id == self.extra:
             return True
         inside = self.start <= id < self.stop
-        return inside and (self.mask is None or bool(self.mask[id - self.start]))
+        return bool(inside and (self.mask is None or self.mask[id - self.start]))
 
 
 class Rules:

@@ -160,8 +160,9 @@ def read_score(source: "str | PathLike[str] | bytes") -> "ScoreTick":
     read_notes(data)
     from symusic import Score
 
+    reader: Any = Score
     try:
-        return Score.from_midi(data)
+        return reader.from_midi(data)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{name} cannot be read: {error}") from error
 
@@ -511,14 +512,14 @@ def to_score(notes: Notes, style: Style | None = None) -> "ScoreTick":
     style = style or Style()
     notes, _ = _channels(notes, style, share=False)
     begin, length, velocity = _in_ticks(notes, style)
-    score = Score(PPQ)
+    score: Any = Score(PPQ)
     score.tempos.append(Tempo(0, mspq=_mspq(style)))
     score.time_signatures.append(TimeSignature(0, *style.time_signature))
     if style.key is not None:
         score.key_signatures.append(KeySignature(0, *key_signature(style.key)))
     for instrument in _by_entry(notes.instrument):
         here = notes.instrument == instrument
-        track = Track(
+        track: Any = Track(
             name=instrument_name(instrument),
             program=0 if instrument == DRUMS else int(instrument),
             is_drum=bool(instrument == DRUMS),

@@ -74,10 +74,11 @@ def expand_vocabulary(
             rows + amt.size + SPARE, pad_to_multiple_of=pad_to_multiple_of,
             mean_resizing=init == "mean",
         )  # fmt: skip
-    new = model.get_input_embeddings().weight.shape[0] - rows
+    embedding = model.get_input_embeddings()
+    new = embedding.weight.shape[0] - rows
     generator = torch.Generator().manual_seed(seed)
-    tables = [model.get_input_embeddings().weight]
-    head = model.get_output_embeddings()
+    tables: list[Any] = [embedding.weight]
+    head: Any = model.get_output_embeddings()
     if not tied and head is not None:
         tables.append(head.weight)
     for table in tables:
@@ -91,7 +92,7 @@ def expand_vocabulary(
             drawn[: amt.size] = _projected(source[: amt.size].float().cpu(), width, generator)
         with torch.no_grad():
             table[rows:] = drawn.to(table)
-    if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
+    if tied and head is not None and head.weight is not embedding.weight:
         model.tie_weights()
     model.config.music_offset = rows
     model.config.vocab_size = rows + new
@@ -177,9 +178,10 @@ class TextMidiProcessor:
             raise UserError(f"the prompt must be a text, not {prompt!r}")
         if self.system and prompt.strip().startswith(self.system.strip()):
             raise UserError("the prompt begins with the system sentence, which is added to it")
-        ids = self.tokenizer(self.system + prompt.strip() + " ", add_special_tokens=False).input_ids
+        text = self.system + prompt.strip() + " "
+        ids: Any = self.tokenizer(text, add_special_tokens=False).input_ids
         start = self.tokenizer.bos_token_id
-        return ids if start is None else [start, *ids]
+        return list(ids) if start is None else [start, *ids]
 
     def encode(self, prompt: str, *, controls: bool = False) -> list[int]:
         """Return a whole prompt: the text and the first music id.
@@ -238,7 +240,8 @@ class TextMidiProcessor:
         Raises:
             UserError: it has too few rows.
         """
-        rows = int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+        embedding: Any = model.get_input_embeddings()
+        rows = int(embedding.weight.shape[0])
         if rows < self.offset + self.amt.size:
             raise UserError(
                 f"the model has {rows} rows, but text and music need {self.offset} + "

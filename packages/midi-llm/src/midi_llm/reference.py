@@ -50,7 +50,7 @@ def naive_events(notes: list[list[Any]], config: AMTConfig) -> list[Event]:
     return events
 
 
-def naive_pad(events: list[Event], config: AMTConfig) -> list[Event | None]:
+def naive_pad(events: list[Event], config: AMTConfig) -> list[tuple[int, int, int | None]]:
     """Fill silences of more than a second with rests, one a second; a rest is (time, 0, None)."""
     padded: list[Any] = []
     previous = 0

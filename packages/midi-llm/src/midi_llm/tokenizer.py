@@ -38,7 +38,7 @@ class AMTTokenizer(MusicTokenizer):
         if amt is not None and not isinstance(amt, AMTConfig):
             raise UserError(f"the grid must be an AMTConfig, not {type(amt).__name__}")
         self.amt = amt or AMTConfig()
-        super().__init__(None if params else _settings(), params)
+        super().__init__(_settings(), params)
 
     @property
     def special_tokens(self) -> list[str]:
@@ -55,10 +55,10 @@ class AMTTokenizer(MusicTokenizer):
     def _tweak_config_before_creating_voc(self) -> None:
         self.config.use_programs = self.config.one_token_stream_for_programs = True
 
-    def _create_base_vocabulary(self) -> list[str]:
+    def _create_base_vocabulary(self) -> list[str | list[str]]:
         amt = self.amt
         notes = [f"{i}.{p}" for i in range(amt.instruments) for p in range(amt.pitches)]
-        vocabulary: list[str] = []
+        vocabulary: list[str | list[str]] = []
         for prefix in ("", "Anticipated")[: 1 + amt.anticipation]:
             vocabulary += [f"{prefix}Time_{t}" for t in range(amt.times)]
             vocabulary += [f"{prefix}Duration_{t}" for t in range(amt.durations)]
@@ -215,7 +215,7 @@ class AMTTokenizer(MusicTokenizer):
         """
         if isinstance(ids, TokSequence):
             self.complete_sequence(ids)
-            ids = ids.ids
+            ids = np.asarray(ids.ids)
         found = np.asarray(ids)
         if found.ndim != 1 or (len(found) and found.dtype.kind not in "iu"):
             raise UserError("ids must be one list of whole numbers")
