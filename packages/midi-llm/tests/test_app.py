@@ -286,7 +286,7 @@ def test_a_form_is_no_upload(client: TestClient) -> None:
         ({"prompt": "a", "tempo": 2}, "tempo must be"),
         ({"prompt": "a", "seed": 2**63}, "seed must be"),
         ({"prompt": "a", "seed": 10**400}, "seed"),
-        ({"prompt": "a", "pitch_range": [80, 40]}, "pitch_range must rise"),
+        ({"prompt": "a", "pitch_range": [80, 40]}, "pitch_range must be two pitches"),
         ({"prompt": "a", "min_notes": -1}, "min_notes must be"),
         ({"prompt": "a", "temperatures": 1}, "Did you mean 'temperature'?"),
         ([], "must be a JSON object"),
