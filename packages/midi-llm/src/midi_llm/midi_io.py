@@ -394,7 +394,7 @@ def _paired(key: np.ndarray, on: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     starts, key = on[order], key[order]
     fresh = np.diff(key, prepend=-1) != 0  # the first of its key
     group = np.cumsum(fresh) - 1
-    # How many ons less offs there were; an off that finds no note open takes it to a new minimum of
+    # How many began less how many ended; an off that finds no note open takes it to a new minimum of
     # its group. One running minimum does for all groups if they are set apart far enough.
     step = np.where(starts, 1, -1)
     total = np.cumsum(step)
@@ -402,12 +402,12 @@ def _paired(key: np.ndarray, on: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     apart = group * (2 * len(key) + 2)
     lowest = np.minimum.accumulate(np.minimum(total, 0) - apart) + apart
     before = np.where(fresh, 0, np.concatenate([[0], lowest[:-1]])[: len(key)])
-    ons, offs = np.flatnonzero(starts), np.flatnonzero(~starts & (total >= before))
+    opens, closes = np.flatnonzero(starts), np.flatnonzero(~starts & (total >= before))
     place = len(key) + 1
-    of_on, of_off = (group[i] * place + _rank(group[i]) for i in (ons, offs))
-    ends = np.full(len(ons), -1, np.int64)
-    ends[np.searchsorted(of_on, of_off)] = order[offs]
-    begins = order[ons]
+    of_on, of_off = (group[i] * place + _rank(group[i]) for i in (opens, closes))
+    ends = np.full(len(opens), -1, np.int64)
+    ends[np.searchsorted(of_on, of_off)] = order[closes]
+    begins = order[opens]
     back = np.argsort(begins, kind="stable")
     return begins[back], ends[back]
 

@@ -180,7 +180,7 @@ class TextMidiProcessor:
             raise UserError("the prompt begins with the system sentence, which is added to it")
         text = self.system + prompt.strip() + " "
         ids: Any = self.tokenizer(text, add_special_tokens=False).input_ids
-        start = self.tokenizer.bos_token_id
+        start: Any = self.tokenizer.bos_token_id
         return list(ids) if start is None else [start, *ids]
 
     def encode(self, prompt: str, *, controls: bool = False) -> list[int]:
