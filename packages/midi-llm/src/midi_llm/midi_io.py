@@ -394,8 +394,8 @@ def _paired(key: np.ndarray, on: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     starts, key = on[order], key[order]
     fresh = np.diff(key, prepend=-1) != 0  # the first of its key
     group = np.cumsum(fresh) - 1
-    # How many began less how many ended; an off that finds no note open takes it to a new minimum of
-    # its group. One running minimum does for all groups if they are set apart far enough.
+    # How many began less how many ended; an off that finds no note open takes it to a new minimum
+    # of its group. One running minimum does for all groups if they are set apart far enough.
     step = np.where(starts, 1, -1)
     total = np.cumsum(step)
     total = total - (total - step)[fresh][group]
