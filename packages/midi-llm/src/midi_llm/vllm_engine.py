@@ -12,6 +12,7 @@ one at start.
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -56,13 +57,13 @@ class _VLLM(Composer):
         found = self._ask(requests)
         return [self._replay(ids, grammar) for ids, (_, grammar) in zip(found, rows, strict=True)]
 
+    @abstractmethod
     def _ask(self, requests: list[Request]) -> list[list[int]]:
         """Return the ids that follow prompts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _blame(self) -> str:
         """Return what an id that is not allowed may come from."""
-        raise NotImplementedError
 
     def _replay(self, ids: Sequence[int], grammar: Grammar) -> list[int]:
         """Advance a grammar by what was generated, and return its music ids."""
