@@ -145,9 +145,26 @@ class Runner:
         self.steps = steps
         self.running: dict[Step, tuple[subprocess.Popen, float]] = {}
         self.done = 0
+        self.interrupted = False
 
     def run(self) -> None:
         """Run every step to its end, or stop all of them when interrupted."""
+        # Only noted here and heeded between steps: raised at once, it could come after a process
+        # is started and before anyone knows of it.
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._note_interrupt) for number in numbers}
+        try:
+            self._run()
+        finally:
+            for process, _ in self.running.values():
+                _stop(process)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note_interrupt(self, number: int, frame: object) -> None:
+        self.interrupted = True
+
+    def _run(self) -> None:
         LOGS.mkdir(parents=True, exist_ok=True)
         waiting = []
         for step in self.steps:
@@ -156,19 +173,17 @@ class Runner:
             else:
                 waiting.append(step)
         beat = time.monotonic()
-        try:
-            while waiting or self.running:
-                while waiting and len(self.running) < SIDE_BY_SIDE:
-                    self._start(waiting.pop(0))
-                time.sleep(0.1)
-                self._collect()
-                if time.monotonic() - beat > HEARTBEAT and self.running:
-                    beat = time.monotonic()
-                    now = (f"{s.session} {beat - t:.0f} s" for s, (_, t) in self.running.items())
-                    print(f"        running: {', '.join(now)}", flush=True)
-        finally:
-            for process, _ in self.running.values():
-                _stop(process)
+        while waiting or self.running:
+            while waiting and len(self.running) < SIDE_BY_SIDE:
+                self._start(waiting.pop(0))
+            time.sleep(0.1)
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self._collect()
+            if time.monotonic() - beat > HEARTBEAT and self.running:
+                beat = time.monotonic()
+                now = (f"{s.session} {beat - t:.0f} s" for s, (_, t) in self.running.items())
+                print(f"        running: {', '.join(now)}", flush=True)
 
     def _start(self, step: Step) -> None:
         for report in step.count_files():
@@ -251,6 +266,13 @@ def summary(steps: list[Step]) -> str:
     return table(rows)
 
 
+def failures(steps: list[Step]) -> list[str]:
+    """What pytest called failed, said once more where the run ends, for whoever sees only that."""
+    logs = [s.log.read_text("utf-8", errors="replace") for s in steps if s.status == "FAIL"]
+    found = [line for log in logs for line in log.splitlines()]
+    return [line for line in found if line.startswith(("FAILED ", "ERROR "))]
+
+
 def test(package: str | None) -> int:
     """`make test`: lint, types, every suite, both install forms, the repository's own tests."""
     known = house.packages()
@@ -260,6 +282,8 @@ def test(package: str | None) -> int:
     print(f"make test: {', '.join(chosen)}; {len(steps)} steps, two at a time", flush=True)
     Runner(steps).run()
     print(f"\n{summary(steps)}\n\n{time.monotonic() - started:.0f} s; logs in out/logs/")
+    for line in failures(steps):
+        print(line)
     passed, failed, skipped = totals(steps)
     print(f"{passed} passed, {failed} failed, {skipped} skipped", flush=True)
     return 1 if any(step.status == "FAIL" for step in steps) else 0

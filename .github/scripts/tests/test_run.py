@@ -32,7 +32,9 @@ def no_nox(tmp_path, monkeypatch):
         "name = sys.argv[sys.argv.index('-s') + 1]\n"
         "print('said by', name, os.getpid(), flush=True)\n"
         "if name.startswith('slow'):\n    time.sleep(60)\n"
-        "sys.exit(name.startswith('bad'))\n"
+        "bad = name.startswith('bad')\n"
+        "print('FAILED tests/test_x.py::test_y' if bad else '1 passed')\n"
+        "sys.exit(bad)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(fake))
 
@@ -66,6 +68,7 @@ def test_steps_run_and_report(logs, no_nox, capsys):
     assert "the whole log: out/logs/bad.log" in printed
     assert "no reason" in printed
     assert (logs / "good.log").read_text().startswith("said by good ")
+    assert run.failures(steps) == ["FAILED tests/test_x.py::test_y"]
 
 
 def test_a_step_past_its_limit_is_stopped_and_fails(logs, no_nox, capsys):
@@ -87,7 +90,8 @@ def test_what_was_started_ends_with_the_runner(tmp_path, no_nox):
     process = subprocess.Popen([sys.executable, "-c", code, scripts, str(tmp_path)])
     log = tmp_path / "logs" / "slow.log"
     deadline = time.monotonic() + 30
-    while not (log.is_file() and "said by" in log.read_text()) and time.monotonic() < deadline:
+    # Unbuffered, print writes word by word: only the line's end says that the number is there.
+    while not (log.is_file() and log.read_text().endswith("\n")) and time.monotonic() < deadline:
         time.sleep(0.05)
     child = int(log.read_text().split()[-1])
     process.send_signal(signal.SIGTERM)
