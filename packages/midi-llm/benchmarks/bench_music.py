@@ -20,7 +20,9 @@ from midi_llm._version import __version__
 from midi_llm.anticipate import events_of, ids_of, pad_rests
 from midi_llm.decode import Sampling, decode
 from midi_llm.grammar import Grammar, Rules
-from midi_llm.midi_io import Notes, notes_of_score, read_notes, read_score, write_midi
+from midi_llm.midi_read import notes_of_score, read_many, read_notes, read_score
+from midi_llm.midi_write import write_midi
+from midi_llm.notes import Notes
 from midi_llm.reference import naive_tokenize
 from midi_llm.vocab import AMTConfig
 from tenfold_common.cli import base_parser, run
@@ -140,7 +142,8 @@ def tokenising(files: list[Path], rounds: int) -> list[dict[str, Any]]:
     total, part = sum(counts.values()), sum(counts[str(f)] for f in few)
     times = in_turns(
         {
-            "ours": lambda: [ids(read_notes(f)) for f in files],
+            "ours": lambda: [ids(notes) for notes in read_many(files)],
+            "alone": lambda: [ids(read_notes(f)) for f in files],
             "peer": lambda: [naive_tokenize(f, AMT) for f in few],
             "scores": lambda: [ids(notes_of_score(s)) for s in scores],
             "events": lambda: events_of(joined, AMT),
@@ -152,6 +155,9 @@ def tokenising(files: list[Path], rounds: int) -> list[dict[str, Any]]:
     return [
         row("files to ids", "midi_llm", shape, times["ours"], notes_a_second=ours,
             over_the_peer=ours / peer),
+        row("files to ids", "midi_llm, file by file", shape, times["alone"],
+            notes_a_second=total / median(times["alone"]),
+            over_the_peer=total / median(times["alone"]) / peer),
         row("files to ids", "plain Python through mido", f"{len(few)} files, {part:,} notes",
             times["peer"], notes_a_second=peer),
         row("scores to ids", "midi_llm", f"{len(few)} scores, {part:,} notes", times["scores"],

@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 READMES = {  # the file, the way from it to benchmarks/, and the tables in it
     HERE.parent / "README.md": ("benchmarks/", ("demo",)),
-    HERE / "README.md": ("", ("music",)),
+    HERE / "README.md": ("", ("music", "engines")),
 }
 
 
@@ -40,6 +40,23 @@ def music_table(path: Path) -> str:
     return f"{table}\n\n{notes}\n\n{machine(bench)}; `{bench['command']}`."
 
 
+def engines_table(path: Path) -> str:
+    """Every row: model and number of prompts, engine, rates."""
+    bench = load_bench(path)
+    columns = ["model", "engine", "ms", "notes/s", "over the peer", "seconds of music a second"]
+    rows = [
+        [
+            row["shape"], row["impl"], f"{row['median_ms']:,.0f}",
+            f"{row['extra']['notes_a_second']:,.0f}", f"{row['extra']['over_the_peer']:.2f}x",
+            f"{row['extra']['seconds_of_music']:,.1f}",
+        ]
+        for row in bench["rows"]
+    ]  # fmt: skip
+    notes = "\n".join(f"- {note}" for note in bench["notes"])
+    table = markdown_table(columns, rows)
+    return f"{table}\n\n{notes}\n\n{machine(bench)}; `{bench['command']}`."
+
+
 def _facts(extra: dict[str, Any]) -> str:
     texts = {
         "notes_a_second": "{:,.0f} notes/s",
@@ -50,7 +67,7 @@ def _facts(extra: dict[str, Any]) -> str:
     return ", ".join(texts[name].format(value) for name, value in extra.items())
 
 
-TABLES = {"demo": demo_table, "music": music_table}
+TABLES = {"demo": demo_table, "music": music_table, "engines": engines_table}
 
 
 def text_of(kind: str, folder: str) -> str:

@@ -21,7 +21,7 @@ from midi_llm.anticipate import (
     sequence,
     windows,
 )
-from midi_llm.midi_io import Notes, empty_notes
+from midi_llm.notes import Notes, empty_notes
 from midi_llm.reference import naive_events, naive_interleave, naive_pad
 from midi_llm.vocab import DRUMS, AMTConfig
 from tenfold_common.errors import UserError

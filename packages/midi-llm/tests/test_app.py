@@ -16,7 +16,9 @@ from midi_files import midi, off, on, raw, tempo
 
 from midi_llm import app as app_module
 from midi_llm.decode import MidiOutput
-from midi_llm.midi_io import Notes, Style, read_notes
+from midi_llm.midi_read import read_notes
+from midi_llm.midi_write import Style
+from midi_llm.notes import Notes
 from midi_llm.vocab import AMTConfig
 from tenfold_common.errors import UserError
 

@@ -26,7 +26,9 @@ from midi_llm.attributes import (
 )
 from midi_llm.captions import STYLES, Request, caption_dropout, describe, parse_caption
 from midi_llm.metrics import tempo_error
-from midi_llm.midi_io import Notes, Style, empty_notes, read_notes, to_score, write_midi
+from midi_llm.midi_read import read_notes
+from midi_llm.midi_write import Style, to_score, write_midi
+from midi_llm.notes import Notes, empty_notes
 from midi_llm.vocab import DRUMS
 from tenfold_common.errors import UserError
 

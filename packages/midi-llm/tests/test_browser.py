@@ -13,7 +13,7 @@ from midi_files import midi, off, on
 from tiny_model import tiny_lm
 
 from midi_llm.app import make_app
-from midi_llm.midi_io import read_notes
+from midi_llm.midi_read import read_notes
 from midi_llm.vocab import AMTConfig
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs midi-llm[serve]")

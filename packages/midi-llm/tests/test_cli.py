@@ -11,8 +11,10 @@ import pytest
 from midi_llm.cli import _parser, main
 from midi_llm.data import prepare_sft
 from midi_llm.decode import MidiLM
-from midi_llm.midi_io import Notes, read_notes, write_midi
+from midi_llm.midi_read import read_notes
+from midi_llm.midi_write import write_midi
 from midi_llm.modeling import TextMidiProcessor, expand_vocabulary
+from midi_llm.notes import Notes
 from midi_llm.vocab import AMTConfig
 from tenfold_common.tiny import tiny_llama, word_tokenizer
 

@@ -18,8 +18,8 @@ from midi_llm.data import (
     prepare_sft,
     sft_samples,
 )
-from midi_llm.midi_io import Notes
 from midi_llm.modeling import TextMidiProcessor, expand_vocabulary
+from midi_llm.notes import Notes
 from midi_llm.tokenizer import AMTTokenizer
 from midi_llm.vocab import AMTConfig
 from tenfold_common.errors import UserError

@@ -12,8 +12,10 @@ from transformers import LogitsProcessor
 from midi_llm.anticipate import REST
 from midi_llm.decode import MidiLM, Sampling, decode
 from midi_llm.grammar import GenerationConstraints, Grammar, Rules
-from midi_llm.midi_io import Notes, Style, read_notes
+from midi_llm.midi_read import read_notes
+from midi_llm.midi_write import Style
 from midi_llm.modeling import TextMidiProcessor, expand_vocabulary
+from midi_llm.notes import Notes
 from midi_llm.tokenizer import AMTTokenizer
 from midi_llm.vocab import AMTConfig
 from tenfold_common.errors import UserError
@@ -291,6 +293,17 @@ def test_constraints_that_leave_nothing_are_named():
     wanted = GenerationConstraints(end_time=0.2, max_polyphony=1, min_notes=50)
     with pytest.raises(UserError, match="min_notes"):
         singer().generate("a", constraints=wanted, max_notes=60)
+
+
+def test_a_stuck_piece_does_not_end_the_others():
+    wanted = GenerationConstraints(end_time=1, max_polyphony=1, min_notes=3)
+    with pytest.warns(UserWarning, match=r"pieces are stuck, first that at \d+: .*min_notes is 3"):
+        found = singer().generate("a", n=24, constraints=wanted, max_notes=9)
+    stuck = [piece.finish_reason == "stuck" for piece in found]
+    assert 0 < sum(stuck) < 24
+    for piece, short in zip(found, stuck, strict=True):
+        assert (len(piece.notes) < 3) == short
+        assert piece.notes.end <= 1
 
 
 def test_min_notes_beyond_max_notes_is_no_silent_shortage():

@@ -8,7 +8,8 @@ from midi_llm.corpus import etude_pairs, jsb_pairs, nottingham_pairs, text_token
 from midi_llm.demo import RUNS, DemoSettings, corpus, run_demo
 from midi_llm.etudes import plan_etude, play
 from midi_llm.grammar import scale_of
-from midi_llm.midi_io import Style, read_notes, to_score
+from midi_llm.midi_read import read_notes
+from midi_llm.midi_write import Style, to_score
 from midi_llm.vocab import DRUMS
 from tenfold_common.errors import UserError
 from tenfold_common.results import Result

@@ -366,6 +366,12 @@ def test_notes_per_second_bounds_the_mean():
         push_event(grammar, SMALL, first, 1, note)
 
 
+def test_a_rate_near_0_leaves_one_note():
+    grammar = Grammar(Rules(SMALL, GenerationConstraints(notes_per_second=1e-308)), max_events=9)
+    push_event(grammar, SMALL, 0, 1, 60)
+    assert grammar.allowed().ids().tolist() == [SMALL.separator]
+
+
 def test_a_tick_has_at_most_64_notes():
     grammar = Grammar(Rules(SMALL), max_events=99)
     for note in range(64):

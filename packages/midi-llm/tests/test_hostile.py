@@ -26,7 +26,8 @@ from midi_files import (
     variable_length,
 )
 
-from midi_llm.midi_io import MAX_BYTES, MAX_SECONDS, read_notes, read_score
+from midi_llm.midi_read import MAX_BYTES, read_notes, read_score
+from midi_llm.notes import MAX_SECONDS
 from midi_llm.tokenizer import AMTTokenizer
 from tenfold_common.errors import UserError
 

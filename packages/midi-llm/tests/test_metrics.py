@@ -33,7 +33,8 @@ from midi_llm.metrics import (
     tempo_error,
     tempo_match,
 )
-from midi_llm.midi_io import Notes, Style, empty_notes, to_score, write_midi
+from midi_llm.midi_write import Style, to_score, write_midi
+from midi_llm.notes import Notes, empty_notes
 from midi_llm.vocab import DRUMS
 from tenfold_common.errors import MissingDependencyError, UserError
 

@@ -30,8 +30,8 @@ HEAVY = (
 )  # fmt: skip
 MODULES = (
     "anticipate", "app", "attributes", "captions", "cli", "corpus", "data", "decode", "demo",
-    "etudes", "evaluation", "grammar", "metrics", "midi_io", "modeling", "reference", "render",
-    "train", "vllm_engine", "vocab",
+    "etudes", "evaluation", "grammar", "metrics", "midi_read", "midi_write", "modeling", "notes",
+    "reference", "render", "train", "vllm_engine", "vocab",
 )  # fmt: skip
 
 

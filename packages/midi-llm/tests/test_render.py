@@ -11,7 +11,9 @@ from midi_files import midi, off, on, tempo
 
 from midi_llm import render
 from midi_llm.decode import MidiOutput
-from midi_llm.midi_io import Notes, Style, read_score, to_score, write_midi
+from midi_llm.midi_read import read_score
+from midi_llm.midi_write import Style, to_score, write_midi
+from midi_llm.notes import Notes
 from midi_llm.vocab import DRUMS
 from tenfold_common.errors import MissingDependencyError, UserError
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from midi_files import grid_events, midi, midi_files, off, on, parse, program, tempo
 
 from midi_llm.anticipate import REST, events_of, ids_of, pad_rests, sequence
-from midi_llm.midi_io import MAX_SECONDS, Notes, Style, empty_notes, read_notes, read_score
+from midi_llm.midi_read import read_notes, read_score
+from midi_llm.midi_write import Style
+from midi_llm.notes import MAX_SECONDS, Notes, empty_notes
 from midi_llm.reference import naive_tokenize
 from midi_llm.tokenizer import AMTTokenizer
 from midi_llm.vocab import DRUMS, AMTConfig

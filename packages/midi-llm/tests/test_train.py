@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from midi_llm.data import prepare_sft
 from midi_llm.decode import MidiLM
-from midi_llm.midi_io import Notes
 from midi_llm.modeling import TextMidiProcessor, expand_vocabulary
+from midi_llm.notes import Notes
 from midi_llm.train import TrainConfig, lora_config, parameter_groups, train
 from midi_llm.vocab import AMTConfig
 from tenfold_common.errors import UserError

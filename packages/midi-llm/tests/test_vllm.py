@@ -11,8 +11,9 @@ from vllm_models import LENGTH, SMALL, WITH_CONTROLS, write_model
 from midi_llm.anticipate import REST
 from midi_llm.decode import MidiLM
 from midi_llm.grammar import GenerationConstraints, Grammar, Rules
-from midi_llm.midi_io import Notes, read_notes
+from midi_llm.midi_read import read_notes
 from midi_llm.modeling import TextMidiProcessor
+from midi_llm.notes import Notes
 from midi_llm.vllm_engine import ServerMidiLM, VLLMMidiLM, midi_args
 from midi_llm.vocab import DRUMS
 from tenfold_common.errors import UserError

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from midi_llm.decode import MidiLM, MidiOutput
     from midi_llm.evaluation import EvaluationReport, evaluate
     from midi_llm.grammar import GenerationConstraints
-    from midi_llm.midi_io import Notes, Style, read_notes, read_score, to_score, write_midi
+    from midi_llm.midi_read import read_many, read_notes, read_score
+    from midi_llm.midi_write import Style, to_score, write_midi
     from midi_llm.modeling import TextMidiProcessor, convert, expand_vocabulary
+    from midi_llm.notes import Notes
     from midi_llm.render import piano_roll, spectrogram, to_wav
     from midi_llm.tokenizer import AMTTokenizer
     from midi_llm.vllm_engine import ServerMidiLM, VLLMMidiLM
@@ -30,8 +32,10 @@ _MODULES = {
     "decode": "MidiLM MidiOutput",
     "evaluation": "EvaluationReport evaluate",
     "grammar": "GenerationConstraints",
-    "midi_io": "Notes Style read_notes read_score to_score write_midi",
+    "midi_read": "read_many read_notes read_score",
+    "midi_write": "Style to_score write_midi",
     "modeling": "TextMidiProcessor convert expand_vocabulary",
+    "notes": "Notes",
     "render": "piano_roll spectrogram to_wav",
     "tokenizer": "AMTTokenizer",
     "vllm_engine": "ServerMidiLM VLLMMidiLM",
@@ -64,6 +68,7 @@ __all__ = [
     "piano_roll",
     "prepare_cpt",
     "prepare_sft",
+    "read_many",
     "read_notes",
     "read_score",
     "spectrogram",

@@ -13,7 +13,7 @@ from midi_llm.vocab import AMTConfig
 from tenfold_common.errors import UserError
 
 if TYPE_CHECKING:
-    from midi_llm.midi_io import Notes
+    from midi_llm.notes import Notes
 
 REST = -1
 SPAN_RATE, SPAN_SECONDS = 0.05, 5.0  # of infilled spans: starts a second, length
@@ -34,7 +34,7 @@ def events_of(notes: "Notes", config: AMTConfig) -> np.ndarray:
 
 def notes_of_events(events: np.ndarray, config: AMTConfig) -> "Notes":
     """Return the notes that events stand for, without the rests."""
-    from midi_llm.midi_io import Notes
+    from midi_llm.notes import Notes
 
     events = events[events[:, 2] != REST]
     return Notes.of(
@@ -96,8 +96,8 @@ def ids_of(
     ids[:, 0] = onset
     ids[:, 1] = config.duration_offset + duration
     ids[:, 2] = np.where(note == REST, config.rest, config.note_offset + note)
-    control = np.broadcast_to(control, len(events))
-    if control.any():
+    if np.any(control):
+        control = np.broadcast_to(control, len(events))
         if not config.anticipation:
             raise UserError("this grid has no controls (anticipation is false)")
         if (note[control] == REST).any():

@@ -35,7 +35,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from midi_llm._version import __version__
 from midi_llm.decode import MidiOutput, Sampling
 from midi_llm.grammar import GenerationConstraints
-from midi_llm.midi_io import Notes, Style, read_notes, read_score
+from midi_llm.midi_read import read_notes, read_score
+from midi_llm.midi_write import Style
+from midi_llm.notes import Notes
 from midi_llm.render import (
     MAX_AUDIO,
     choose_engine,

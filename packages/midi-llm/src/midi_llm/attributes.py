@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from midi_llm.midi_io import Notes, notes_of_score, parse_key, read_score
+from midi_llm.midi_read import notes_of_score, read_score
+from midi_llm.midi_write import parse_key
+from midi_llm.notes import Notes
 from midi_llm.vocab import DRUMS
 from tenfold_common.errors import UserError, suggest
 

@@ -22,7 +22,7 @@ from midi_llm.attributes import (
     duration_word,
     tempo_word,
 )
-from midi_llm.midi_io import parse_key
+from midi_llm.midi_write import parse_key
 from midi_llm.vocab import DRUMS, PROGRAMS, instrument_name
 from tenfold_common.errors import UserError
 

@@ -17,7 +17,8 @@ from tenfold_common.errors import UserError
 
 if TYPE_CHECKING:
     from midi_llm.grammar import GenerationConstraints
-    from midi_llm.midi_io import Notes, Style
+    from midi_llm.midi_write import Style
+    from midi_llm.notes import Notes
 
 DESCRIPTION = "Write music as MIDI from words, and train, check and hear models that do."
 CONSTRAINTS = (
@@ -224,7 +225,7 @@ def _constraints(arguments: argparse.Namespace) -> "GenerationConstraints":
 
 
 def _style(arguments: argparse.Namespace) -> "Style":
-    from midi_llm.midi_io import Style
+    from midi_llm.midi_write import Style
 
     parts = arguments.time_signature.split("/")
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
@@ -297,7 +298,7 @@ def _one(arguments: argparse.Namespace, output: Any) -> int:
 
 def _infill(arguments: argparse.Namespace) -> int:
     _check_json(arguments, arguments.out)
-    from midi_llm.midi_io import read_notes
+    from midi_llm.midi_read import read_notes
 
     notes = read_notes(arguments.file)
     constraints, style = _constraints(arguments), _style(arguments)
@@ -311,7 +312,7 @@ def _infill(arguments: argparse.Namespace) -> int:
 
 def _continue(arguments: argparse.Namespace) -> int:
     _check_json(arguments, arguments.out)
-    from midi_llm.midi_io import read_notes
+    from midi_llm.midi_read import read_notes
 
     notes = read_notes(arguments.file)
     constraints, style = _constraints(arguments), _style(arguments)
@@ -356,7 +357,7 @@ def _detokenize(arguments: argparse.Namespace) -> int:
     if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
         raise UserError(f"{arguments.ids} must hold one list of whole numbers")
     from midi_llm.anticipate import notes_of_events
-    from midi_llm.midi_io import write_midi
+    from midi_llm.midi_write import write_midi
 
     events = tokenizer.to_events(ids, controls=arguments.controls)
     notes = notes_of_events(events, tokenizer.amt)
@@ -485,7 +486,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 def _pieces(arguments: argparse.Namespace, left: dict[str, int]) -> "Iterator[tuple[str, Notes]]":
     """Yield the pieces of a folder that are fit to learn from, and count the others by reason."""
     from midi_llm.data import Filters
-    from midi_llm.midi_io import read_notes
+    from midi_llm.midi_read import read_many
 
     folder = Path(arguments.midi)
     if not folder.is_dir():
@@ -494,12 +495,10 @@ def _pieces(arguments: argparse.Namespace, left: dict[str, int]) -> "Iterator[tu
     if not files:
         raise UserError(f"{folder} has no *.mid")
     filters = Filters(1, 0.0, 14400.0, 129) if arguments.all else Filters()
-    for file in files:
-        try:
-            notes = read_notes(file)
-        except UserError as error:
+    for file, notes in zip(files, read_many(files), strict=True):
+        if isinstance(notes, UserError):
             left["not readable"] = left.get("not readable", 0) + 1
-            print(f"left out: {error}", file=sys.stderr)
+            print(f"left out: {notes}", file=sys.stderr)
             continue
         reason = filters.reason(notes)
         if reason:
@@ -572,7 +571,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     _check_json(arguments)
     from midi_llm.attributes import MusicAttributes
     from midi_llm.evaluation import evaluate
-    from midi_llm.midi_io import read_notes
+    from midi_llm.midi_read import read_notes
 
     rows = _rows(arguments.requests, "caption", "attributes")
     home = Path(arguments.requests).parent

@@ -15,7 +15,9 @@ import numpy as np
 from midi_llm.attributes import MusicAttributes, analyze
 from midi_llm.captions import describe
 from midi_llm.etudes import CHORDS, LEADS, TEMPOS, plan_etude, play
-from midi_llm.midi_io import Notes, Style, notes_of_score, read_score, to_score
+from midi_llm.midi_read import notes_of_score, read_score
+from midi_llm.midi_write import Style, to_score
+from midi_llm.notes import Notes
 from tenfold_common.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import numpy as np
 
 from midi_llm.anticipate import REST, Kind, events_of, kind_of_copy, pad_rests, sequence
 from midi_llm.captions import caption_dropout
-from midi_llm.midi_io import Notes
 from midi_llm.modeling import TextMidiProcessor
+from midi_llm.notes import Notes
 from tenfold_common.errors import UserError
 
 if TYPE_CHECKING:

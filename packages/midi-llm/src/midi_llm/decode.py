@@ -7,18 +7,20 @@ event; of the head only the rows of that slot are multiplied.
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from midi_llm.anticipate import REST, events_of, notes_of_events
 from midi_llm.grammar import Allowed, GenerationConstraints, Grammar, Rules
-from midi_llm.midi_io import Notes, Style, notes_of_score, to_score, write_midi
+from midi_llm.midi_read import notes_of_score
+from midi_llm.midi_write import Style, to_score, write_midi
 from midi_llm.modeling import TextMidiProcessor
+from midi_llm.notes import Notes
 from tenfold_common.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,8 +62,8 @@ class MidiOutput:
         prompt: The text it was generated from.
         notes: What sounds.
         ids: Music ids that were generated, controls among them.
-        finish_reason: "stop" (the model ended it), "length" (max_notes), or "end_time" (no later
-            note is possible).
+        finish_reason: "stop" (the model ended it), "length" (max_notes), "end_time" (no later
+            note is possible), or "stuck" (constraints let it neither go on nor end).
         style: Tempo, metre and key that files get.
     """
 
@@ -129,7 +131,8 @@ class Composer(ABC):
 
         Raises:
             UserError: a prompt is empty or too long, an argument is out of range, or the
-                constraints leave nothing to play.
+                constraints leave nothing to play, or let no piece end. Where some pieces can end,
+                all are returned, with a warning that names the others.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
@@ -152,6 +155,15 @@ class Composer(ABC):
             for _ in range(n)
         ]
         found = self._decode(rows, Sampling(temperature, top_p), batch_size, seed)
+        stuck = [i for i, (_, grammar) in enumerate(rows) if grammar.error is not None]
+        if stuck:
+            error = rows[stuck[0]][1].error
+            if len(stuck) == len(rows) and error is not None:
+                raise error
+            warnings.warn(
+                f"{len(stuck)} of {len(rows)} pieces are stuck, first that at {stuck[0]}: {error}",
+                stacklevel=2,
+            )
         style = style or Style(key=constraints.key if constraints else None)
         return [
             self._output(texts[i // n], music, grammar, style)
@@ -225,7 +237,7 @@ class Composer(ABC):
         grammar = Grammar(
             rules, max_events=room, given=before, controls=controls, placed=placed, start=first
         )
-        music = self._decode([(ids, grammar)], Sampling(temperature, top_p), 1, seed)[0]
+        music = self._alone(ids, grammar, Sampling(temperature, top_p), seed)
         new = notes_of_events(np.array(grammar.events, np.int64).reshape(-1, 3), amt)
         return MidiOutput(
             prompt, _merged(known, new), tuple(music), grammar.finish_reason or "stop",
@@ -294,7 +306,7 @@ class Composer(ABC):
                 amt, GenerationConstraints.from_dict({**given, "end_time": until, "min_notes": 0})
             )
             grammar = Grammar(rules, max_events=self._room([ids], 10**6), given=events)
-            music += self._decode([(ids, grammar)], Sampling(temperature, top_p), 1, seed)[0]
+            music += self._alone(ids, grammar, Sampling(temperature, top_p), seed)
             new = notes_of_events(np.array(grammar.events, np.int64).reshape(-1, 3), amt)
             reason = grammar.finish_reason or "stop"
             if not len(new):
@@ -306,6 +318,12 @@ class Composer(ABC):
         return MidiOutput(prompt, notes, tuple(music), reason, style or Style())
 
     # Within
+
+    def _alone(self, ids: list[int], grammar: Grammar, sampling: Sampling, seed: int) -> list[int]:
+        [music] = self._decode([(ids, grammar)], sampling, 1, seed)
+        if grammar.error is not None:
+            raise grammar.error
+        return music
 
     @abstractmethod
     def _context(self, text: int) -> int:
@@ -431,49 +449,56 @@ def decode(
         The music ids of each.
 
     Raises:
-        UserError: logits are NaN, or constraints leave nothing.
+        UserError: logits are NaN. A sequence that constraints let neither go on nor end is "stuck".
     """
     import torch
 
-    device = model.device
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    draws = [torch.Generator(device=device).manual_seed(s) for s in seeds]
-    head: Any = model.get_output_embeddings()
     found: list[list[int]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))
+    ahead = _ahead(grammars, range(len(prompts)))
+    if not ahead:
+        return found
+    device, head = model.device, cast("Any", model.get_output_embeddings())
+    width = max(len(prompts[row]) for row in ahead)
+    blank = {row: width - len(prompts[row]) for row in ahead}
+    ids = torch.tensor([[pad] * n + list(prompts[row]) for row, n in blank.items()], device=device)
+    mask = torch.tensor([[0] * n + [1] * (width - n) for n in blank.values()], device=device)
+    draws = [torch.Generator(device=device).manual_seed(s) for s in seeds]
     cache: Any = None
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.inference_mode():
-        while alive:
+        while True:
             out = model.base_model(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                 use_cache=True,
             )  # fmt: skip
             cache, hidden = out.past_key_values, out.last_hidden_state[:, -1]
-            allowed = [grammars[row].allowed() for row in alive]
             chosen = _choose(
-                hidden, head, allowed, offset, sampling, [draws[r] for r in alive], sliced
-            )
-            for row, token in zip(alive, chosen, strict=True):
+                hidden, head, list(ahead.values()), offset, sampling, [draws[r] for r in ahead],
+                sliced,
+            )  # fmt: skip
+            for row, token in zip(ahead, chosen, strict=True):
                 grammars[row].push(token)
                 found[row].append(token)
                 if each is not None:
                     each(row, token)
-            left = [i for i, row in enumerate(alive) if not grammars[row].finished]
+            left = _ahead(grammars, ahead)
             if not left:
-                break
-            tokens = torch.tensor([[offset + chosen[i]] for i in left], device=device)
-            if len(left) < len(alive):
-                kept = torch.tensor(left, device=device)
-                cache.batch_select_indices(kept)
-                mask = mask[kept]
-                alive = [alive[i] for i in left]
-            ids = tokens
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+                return found
+            kept = [i for i, row in enumerate(ahead) if row in left]
+            if len(kept) < len(ahead):
+                which = torch.tensor(kept, device=device)
+                cache.batch_select_indices(which)
+                mask = mask[which]
+            ahead = left
+            ids = torch.tensor([[offset + chosen[i]] for i in kept], device=device)
+            mask = torch.cat([mask, mask.new_ones(len(kept), 1)], 1)
             positions = mask.sum(1, keepdim=True) - 1
-    return found
+
+
+def _ahead(grammars: Sequence[Grammar], rows: Iterable[int]) -> dict[int, Allowed]:
+    """Return what may come next in each of the rows that go on."""
+    found = {row: grammars[row].proceed() for row in rows}
+    return {row: allowed for row, allowed in found.items() if allowed is not None}
 
 
 def _choose(

@@ -17,7 +17,7 @@ import numpy as np
 from midi_llm.attributes import MusicAttributes
 from midi_llm.captions import Request
 from midi_llm.corpus import Pair, etude_pairs, jsb_pairs, nottingham_pairs, text_tokenizer
-from midi_llm.midi_io import Notes
+from midi_llm.notes import Notes
 from midi_llm.vocab import AMTConfig, instrument_name
 from tenfold_common.optional import is_available
 from tenfold_common.results import Claim, Figure, Result, Sample, Table, environment

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from midi_llm.midi_io import Notes
+from midi_llm.notes import Notes
 from midi_llm.vocab import DRUMS
 from tenfold_common.errors import UserError
 

@@ -35,7 +35,7 @@ from midi_llm.metrics import (
     mel_embedding,
     pitch_class_entropy,
 )
-from midi_llm.midi_io import Notes
+from midi_llm.notes import Notes
 from tenfold_common.atomic import atomic_write
 from tenfold_common.errors import UserError, suggest
 

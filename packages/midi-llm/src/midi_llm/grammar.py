@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from midi_llm.anticipate import REST
-from midi_llm.midi_io import parse_key
+from midi_llm.midi_write import parse_key
 from midi_llm.vocab import DRUMS, AMTConfig, instrument_number
 from tenfold_common.errors import UserError, suggest
 
@@ -221,7 +221,8 @@ class Grammar:
         self.rules, self.max_events = rules, max_events
         self.given, self.controls, self.placed, self.start = given, controls, placed, start
         self.events: list[tuple[int, int, int]] = []  # those pushed, without controls
-        self.finish_reason: str | None = None
+        self.finish_reason: str | None = None  # "stop", "end_time", "length" or "stuck"
+        self.error: UserError | None = None  # why it is stuck
         self._slot = self._time = self._duration = 0
         self._last, self._start = 0, start
         self._notes = 0
@@ -295,6 +296,16 @@ class Grammar:
                 mask = self._mask
         whole = mask is self.rules.notes and self.rules.all
         return Allowed(config.note_offset, config.rest, None if whole else mask)
+
+    def proceed(self) -> Allowed | None:
+        """Return what may come next, or None where it has ended or, as nothing may, ends here."""
+        if self.finished:
+            return None
+        try:
+            return self.allowed()
+        except UserError as error:
+            self.finish_reason, self.error = "stuck", error
+            return None
 
     def push(self, id: int) -> None:
         """Go on with an id.
@@ -383,7 +394,8 @@ class Grammar:
             low += 1  # every note that is left begins there already
         if constraints.notes_per_second is not None:
             due = (self._notes + 1 - self.rules.burst) / constraints.notes_per_second
-            low = max(low, math.ceil(due * config.resolution))
+            due = min(due * config.resolution, self.rules.end)  # a tiny rate may give infinity
+            low = max(low, math.ceil(due))
         if constraints.max_polyphony is not None:
             sounding = len(self._ends) - bisect_right(self._ends, low)
             if sounding >= constraints.max_polyphony:

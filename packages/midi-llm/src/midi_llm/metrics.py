@@ -26,7 +26,8 @@ from midi_llm.attributes import (
     pitch_classes,
 )
 from midi_llm.captions import Request
-from midi_llm.midi_io import Notes, empty_notes, notes_of_score, read_notes
+from midi_llm.midi_read import notes_of_score, read_notes
+from midi_llm.notes import Notes, empty_notes
 from tenfold_common.errors import UserError, suggest
 from tenfold_common.optional import require
 

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from midi_llm.decode import MidiOutput
-from midi_llm.midi_io import Notes, Style, notes_of_score, read_notes, read_score, write_midi
+from midi_llm.midi_read import notes_of_score, read_notes, read_score
+from midi_llm.midi_write import Style, write_midi
+from midi_llm.notes import Notes
 from midi_llm.vocab import DRUMS, instrument_name
 from tenfold_common.atomic import atomic_write
 from tenfold_common.errors import MissingDependencyError, UserError, suggest

@@ -10,7 +10,9 @@ import numpy as np
 from miditok import MusicTokenizer, TokenizerConfig, TokSequence
 
 from midi_llm.anticipate import REST, events_of, ids_of, notes_of_events, pad_rests
-from midi_llm.midi_io import Notes, Style, notes_of_score, read_notes, to_score
+from midi_llm.midi_read import notes_of_score, read_notes
+from midi_llm.midi_write import Style, to_score
+from midi_llm.notes import Notes
 from midi_llm.vocab import AMTConfig
 from tenfold_common.errors import UserError
 
@@ -281,7 +283,7 @@ class AMTTokenizer(MusicTokenizer):
         Args:
             tokens: See `to_events`.
             programs: Of miditok; must be None, as ids name their instruments.
-            output_path: Of miditok; must be None, use `midi_io.write_midi` or `dump_midi`.
+            output_path: Of miditok; must be None, use `write_midi` or `dump_midi`.
             controls: See `to_events`.
             style: Tempo, metre and key of the score.
 

@@ -69,17 +69,18 @@ class _VLLM(Composer):
         """Advance a grammar by what was generated, and return its music ids."""
         found: list[int] = []
         for id in ids:
-            if grammar.finished:
+            allowed = grammar.proceed()
+            if allowed is None:
                 break  # vLLM may be a step ahead
             music = int(id) - self.processor.offset
-            if music not in grammar.allowed():  # raises where constraints leave nothing
+            if music not in allowed:
                 raise UserError(
                     f"id {id}, number {len(found)} of a sequence, is not allowed there: "
                     f"{self._blame()}"
                 )
             grammar.push(music)
             found.append(music)
-        if not grammar.finished:
+        if grammar.proceed() is not None:
             grammar.finish_reason = "length"  # of the context
         return found
 
