@@ -312,6 +312,12 @@ def test_rounding_to_bfloat16(library):
         ctypes.c_void_p(values.data_ptr()), len(values), ctypes.c_void_p(out.data_ptr())
     )
     assert torch.equal(out.view(torch.int16), values.bfloat16().view(torch.int16))
+    payloads = np.array([0x7FC00000, 0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F80FFFF], np.uint32)
+    out = torch.zeros(len(payloads), dtype=torch.bfloat16)
+    library.ff_to_bf16(
+        ctypes.c_void_p(payloads.ctypes.data), len(payloads), ctypes.c_void_p(out.data_ptr())
+    )
+    assert out.isnan().all()
 
 
 def test_silu(library):

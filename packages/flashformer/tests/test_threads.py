@@ -6,7 +6,7 @@ import pytest
 
 import flashformer as ff
 from flashformer import threads as module
-from flashformer.threads import PERIOD, TRIAL, Threads
+from flashformer.threads import LONGEST, PERIOD, TRIAL, Threads
 
 
 class Clock:
@@ -65,6 +65,25 @@ def test_trials_are_short_and_become_rare_for_who_loses(clock):
     gaps = [b - a for a, b in itertools.pairwise(trials)]
     assert len(gaps) >= 3
     assert all(1.8 * a < b < 2.2 * a for a, b in itertools.pairwise(gaps))
+
+
+def test_the_wait_between_trials_has_an_end(clock):
+    threads = Threads(2)
+    used = run(threads, clock, {1: 1.0, 2: 50.0}, 1024, 6 * LONGEST // 1024)
+    trials = [i for i, n in enumerate(used) if n == 2 and used[i - 1] == 1]
+    last, before = (b - a for a, b in list(itertools.pairwise(trials))[:-3:-1])
+    assert LONGEST <= last <= LONGEST + 1024 + TRIAL
+    assert last == pytest.approx(before, abs=1024 + TRIAL)
+
+
+def test_what_was_long_ago_does_not_count(clock):
+    """One thread was slow for a while, short of alarm; now it is fast, and stays the choice."""
+    threads = Threads(2)
+    run(threads, clock, {1: 1.0, 2: 1.5}, 1, 2 * TRIAL + 1)
+    run(threads, clock, {1: 1.8, 2: 1.5}, 1, PERIOD - 70)
+    used = run(threads, clock, {1: 1.0, 2: 1.5}, 1, 200)
+    assert 2 in used
+    assert used[-1] == 1
 
 
 def test_it_changes_its_mind_when_the_machine_does(clock):
