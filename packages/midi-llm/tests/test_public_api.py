@@ -21,7 +21,7 @@ NAMES = {
     "AMTConfig", "AMTTokenizer", "EvaluationReport", "GenerationConstraints", "MidiDataCollator",
     "MidiLM", "MidiOutput", "MusicAttributes", "Notes", "Request", "ServerMidiLM", "Style",
     "TextMidiProcessor", "VLLMMidiLM", "__version__", "analyze", "convert", "describe", "evaluate",
-    "expand_vocabulary", "parse_caption", "piano_roll", "prepare_cpt", "prepare_sft", "read_notes",
+    "expand_vocabulary", "parse_caption", "piano_roll", "prepare_cpt", "prepare_sft", "read_many", "read_notes",
     "read_score", "spectrogram", "to_score", "to_wav", "write_midi",
 }  # fmt: skip
 HEAVY = (
