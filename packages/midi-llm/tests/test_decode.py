@@ -15,7 +15,7 @@ from midi_llm.grammar import GenerationConstraints, Grammar, Rules
 from midi_llm.midi_read import read_notes
 from midi_llm.midi_write import Style
 from midi_llm.modeling import TextMidiProcessor, expand_vocabulary
-from midi_llm.notes import Notes
+from midi_llm.notes import Note, Notes
 from midi_llm.tokenizer import AMTTokenizer
 from midi_llm.vocab import AMTConfig
 from tenfold_common.errors import UserError
@@ -403,6 +403,117 @@ def test_the_key_wanted_is_the_key_of_the_file():
     assert piece.score.key_signatures[0].key == -1
 
 
+class Told(list):
+    """Takes notes as they come; `of` gives those of a piece."""
+
+    def __call__(self, piece, note):
+        self.append((piece, note))
+
+    def of(self, piece):
+        return [note for number, note in self if number == piece]
+
+
+def as_told(notes):
+    return [Note(*(c[i].item() for c in notes.columns[:4])) for i in range(len(notes))]
+
+
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_notes_are_told_as_they_come(batch_size):
+    told = Told()
+    outs = singer().generate(
+        PROMPTS[:3], n=2, max_notes=12, batch_size=batch_size, seed=4, on_note=told
+    )
+    for number, out in enumerate(outs):
+        assert told.of(number) == as_told(out.notes)
+    pieces = [number for number, _ in told]
+    assert pieces != sorted(pieces), "told only at the end"
+
+
+def test_what_is_told_may_cancel():
+    def on_note(piece, note):
+        told.append(note)
+        if len(told) == 5:
+            raise KeyboardInterrupt
+
+    told = []
+    with pytest.raises(KeyboardInterrupt):
+        singer().generate("a", max_notes=100, seed=4, on_note=on_note)
+    assert len(told) == 5
+
+
+def test_the_new_notes_of_a_continuation_and_an_infill_are_told():
+    made, notes = singer(ANTICIPATING, stop=-1e4, room=1024), song()
+    told = Told()
+    out = made.continue_(notes, seconds=25, prompt="a", seed=1, on_note=told)
+    new = out.notes[np.arange(len(notes), len(out.notes))]
+    assert out.notes.end > notes.end + 25 > 20, "the context should slide"
+    assert [n[:3:2] for n in told.of(0)] == [n[:3:2] for n in as_told(new)]
+    assert [n.onset for n in told.of(0)] == new.onset.tolist()
+    told = Told()
+    out = made.infill(notes, start=6, end=9, prompt="a", seed=1, on_note=told)
+    new = minus(out.notes, notes[(notes.onset < 6) | (notes.onset >= 9)])
+    assert new is not None
+    assert told.of(0) == as_told(new)
+
+
+def test_max_notes_caps_what_is_new():
+    made, notes = singer(ANTICIPATING, stop=-1e4, room=1024), song()
+    out = made.continue_(notes, seconds=200, prompt="a", max_notes=7, seed=1)
+    assert len(out.notes) <= len(notes) + 7
+    assert out.finish_reason == "length"
+    kept = notes[(notes.onset < 2) | (notes.onset >= 15)]
+    out = made.infill(notes, start=2, end=15, prompt="a", max_notes=3, seed=1)
+    assert len(out.notes) <= len(kept) + 3
+    for call in (
+        lambda: made.continue_(notes, seconds=5, prompt="a", max_notes=0),
+        lambda: made.infill(notes, start=2, end=5, prompt="a", max_notes=0),
+    ):
+        with pytest.raises(UserError, match="max_notes must be a whole number"):
+            call()
+
+
+def test_files_of_what_is_changed_keep_tempo_metre_and_key():
+    made = singer(ANTICIPATING, stop=-1e4, room=1024)
+    style = Style(tempo=96, time_signature=(3, 4), key="Eb minor")
+    source = made.generate("a", max_notes=15, seed=2, style=style)[0].score
+    for out in (
+        made.infill(source, start=1, end=3, prompt="a"),
+        made.continue_(source, seconds=2, prompt="a"),
+    ):
+        assert out.style.tempo == pytest.approx(96)
+        assert (out.style.time_signature, out.style.key) == ((3, 4), "Eb minor")
+    assert made.infill(source, start=1, end=3, prompt="a", style=Style()).style == Style()
+
+
+def test_a_key_that_no_file_can_have_is_refused_before_decoding(monkeypatch):
+    monkeypatch.setattr("midi_llm.decode.decode", lambda *a, **k: pytest.fail("decoded"))
+    wanted = GenerationConstraints(key="G# major")
+    with pytest.raises(UserError, match="G# major has 8 sharps"):
+        singer().generate("a", constraints=wanted)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-300])
+def test_a_tiny_temperature_is_as_good_as_none(temperature):
+    least = singer().generate("a", max_notes=10, temperature=temperature)
+    none = singer().generate("a", max_notes=10, temperature=0)
+    assert least[0].ids == none[0].ids
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_no_numbers_are_an_error(value, temperature):
+    made = make()
+    with torch.no_grad():
+        made.model.get_output_embeddings().bias[made.processor.offset + 3] = value
+    with pytest.raises(UserError, match="NaN or infinite"):
+        made.generate("a", max_notes=4, temperature=temperature)
+
+
+def test_min_notes_that_do_not_fit_into_the_model_are_refused():
+    with pytest.raises(UserError, match=r"min_notes is 500, but a piece has \d+ events"):
+        singer().generate("a", constraints=GenerationConstraints(min_notes=500))
+
+
 # ------------------------------------------------------------------------------------------------
 # infill
 
@@ -611,3 +722,46 @@ def test_continue_honours_constraints():
 def test_continue_refuses_wrong_lengths(seconds):
     with pytest.raises(UserError, match="seconds"):
         singer().continue_(song(), seconds=seconds, prompt="a")
+
+
+def test_the_context_of_an_infill_reaches_the_span():
+    """Silence before the span is rests, as in training, and controls come five seconds ahead."""
+    made = singer(ANTICIPATING, stop=-1e4, room=1024)
+    notes = Notes.of([1.0, 13.0], 0.5, 0, [60, 72])
+    seen = []
+    hook = made.model.base_model.register_forward_pre_hook(
+        lambda module, args, named: seen.append(named["input_ids"][0].tolist()), with_kwargs=True
+    )
+    try:
+        made.infill(notes, start=9.0, end=11.0, prompt="a", temperature=0)
+    finally:
+        hook.remove()
+    prompt = made.processor.encode("a", controls=True)
+    amt, ids = ANTICIPATING, [i - made.processor.offset for i in seen[0][len(prompt) :]]
+    rows = np.array(ids).reshape(-1, 3)
+    rests = rows[rows[:, 2] == amt.rest]
+    assert rests[:, 0].tolist() == [20 * s for s in (2, 3, 4, 5, 6, 7, 8)]
+    controls = rows[rows[:, 0] >= amt.control_offset]
+    assert (controls[:, 0] - amt.control_offset).tolist() == [260]
+    place = (rows[:, 0] >= amt.control_offset).argmax()
+    assert rows[place - 1, 0] == 160, "the first event from which it is at most five seconds away"
+
+
+def test_what_was_there_does_not_use_up_the_notes_a_second():
+    made = singer(ANTICIPATING, stop=-1e4, room=1024)
+    dense = Notes.of(np.arange(0, 3, 0.05), 0.1, 0, np.arange(60) + 30)
+    wanted = GenerationConstraints(notes_per_second=2)
+    out = made.continue_(dense, seconds=3, prompt="a", constraints=wanted, seed=1)
+    new = out.notes.onset[len(dense) :]
+    assert len(new) > 2
+    assert new[0] < 4
+    for time in new:
+        assert (new <= time).sum() <= 2 * (time - dense.onset[-1]) + 2
+
+
+def test_a_drone_does_not_hide_the_context():
+    made = singer(ANTICIPATING, stop=-1e4, room=1024)
+    notes = Notes.of([0.0, 0.5, 1.0], [60.0, 0.2, 0.2], 0, [36, 60, 64])
+    out = made.continue_(notes, seconds=2, prompt="a", max_notes=6, seed=1)
+    minus(out.notes, notes)
+    assert out.notes.onset[3] < 3, "it goes on from the last onset"

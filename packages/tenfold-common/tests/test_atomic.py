@@ -12,6 +12,7 @@ from tenfold_common import (
     UserError,
     atomic_dir,
     atomic_write,
+    check_output_dir,
     is_complete,
     mark_complete,
     newest_complete,
@@ -430,3 +431,26 @@ def test_dear_folders_are_never_overwritten(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="will not overwrite"):
             prepare_output_dir(tmp_path / name, overwrite=True)
     assert (tmp_path / "home" / "thesis").exists()
+
+
+@pytest.mark.parametrize("given", ["out", "out/deep/model.bin", "out/link", ".", "alias"])
+def test_what_a_job_reads_is_never_overwritten(tmp_path, given):
+    fill(tmp_path, {"out/deep/model.bin": b"x", "elsewhere/y": b"y"})
+    (tmp_path / "out" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "alias").symlink_to(tmp_path / "out" / "deep")
+    inputs = [None, tmp_path / "absent", tmp_path / "elsewhere", tmp_path / given]
+    with pytest.raises(UserError, match=r"will not overwrite .* the input"):
+        prepare_output_dir(tmp_path / "out", overwrite=True, inputs=inputs)
+    assert (tmp_path / "out" / "deep" / "model.bin").exists()
+    prepare_output_dir(tmp_path / "out", overwrite=True, inputs=inputs[:3])
+    assert entries(tmp_path / "out") == []
+
+
+def test_a_check_deletes_and_makes_nothing(tmp_path):
+    fill(tmp_path, {"out/x": b"x"})
+    assert check_output_dir(tmp_path / "out", overwrite=True) == tmp_path / "out"
+    assert check_output_dir(tmp_path / "new") == tmp_path / "new"
+    assert entries(tmp_path) == ["out"]
+    assert entries(tmp_path / "out") == ["x"]
+    with pytest.raises(UserError, match="not empty"):
+        check_output_dir(tmp_path / "out")

@@ -1,3 +1,4 @@
+import math
 import resource
 import subprocess
 import sys
@@ -27,7 +28,7 @@ NAMES = [
     *("no_network", "poisoned_empty", "prepare_output_dir", "require", "resolve_device"),
     *("resolve_dtype", "rms_ratio", "run", "seed_everything", "setup_logging", "suggest"),
     *("tiny_llama", "tiny_qwen", "update_between_markers", "verify", "word_tokenizer"),
-    *("check_output_file", "locked_folder", "write_bench", "write_json"),
+    *("check_output_dir", "check_output_file", "locked_folder", "write_bench", "write_json"),
     *("Generation", "Score", "ScriptedModel", "ServerModel", "TextModel", "TransformersModel"),
     *("VLLMModel", "load_text_model"),
 ]
@@ -74,9 +75,13 @@ def _processor_time(code: str) -> float:
 @pytest.mark.parametrize("module", ["", *SUBMODULES])
 def test_import_costs_under_50_ms_over_bare_python(module):
     # Bare Python starts in 11 to 15 ms on an idle machine. Where it takes longer, because the
-    # machine is slow or busy, the limit grows in proportion; both are measured in turns.
+    # machine is slow or busy, the limit grows in proportion. What a busy machine adds goes away in
+    # the least of several rounds, of which there are more as long as that is not under the limit.
     name = f"tenfold_common.{module}".rstrip(".")
-    rounds = [(_processor_time("pass"), _processor_time(f"import {name}")) for _ in range(5)]
-    bare = min(first for first, _ in rounds)
-    cost = min(second for _, second in rounds) - bare
-    assert cost < 0.05 * max(1.0, bare / 0.015)
+    bare, whole = math.inf, math.inf
+    for _ in range(25):
+        bare = min(bare, _processor_time("pass"))
+        whole = min(whole, _processor_time(f"import {name}"))
+        if (cost := whole - bare) < (limit := 0.05 * max(1.0, bare / 0.015)):
+            break
+    assert cost < limit

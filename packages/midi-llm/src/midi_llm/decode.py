@@ -9,18 +9,20 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from midi_llm.anticipate import REST, events_of, notes_of_events
+from midi_llm.anticipate import REST, events_of, ids_of, interleave, notes_of_events, pad_rests
 from midi_llm.grammar import Allowed, GenerationConstraints, Grammar, Rules
 from midi_llm.midi_read import notes_of_score
-from midi_llm.midi_write import Style, to_score, write_midi
+from midi_llm.midi_write import Style, style_of_score, to_score, write_midi
 from midi_llm.modeling import TextMidiProcessor
-from midi_llm.notes import Notes
+from midi_llm.notes import Note, Notes
+from midi_llm.vocab import instrument_number
 from tenfold_common.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_NOTES = 682  # as the public script makes: 2046 ids
+OnNote = Callable[[int, Note], None]
 
 
 @dataclass(frozen=True)
@@ -107,11 +110,12 @@ class Composer(ABC):
         n: int = 1,
         temperature: float = 1.0,
         top_p: float = 0.98,
-        max_notes: int = DEFAULT_NOTES,
+        max_notes: int | None = None,
         constraints: GenerationConstraints | None = None,
         style: Style | None = None,
         batch_size: int = 16,
         seed: int = 0,
+        on_note: OnNote | None = None,
     ) -> list[MidiOutput]:
         """Write music for texts.
 
@@ -120,11 +124,14 @@ class Composer(ABC):
             n: Pieces for each of them.
             temperature: See `Sampling`.
             top_p: See `Sampling`.
-            max_notes: Events of a piece at most, rests included.
+            max_notes: Events of a piece at most, rests included. None for 682, or as many as the
+                model can read behind the prompt.
             constraints: What every piece must keep to.
             style: Tempo, metre and key written into files; sounds do not depend on it.
             batch_size: Sequences that are decoded together.
             seed: Of the draws; a piece's draws do not depend on the others.
+            on_note: Called with the number of a piece and each of its notes, as they come (through
+                vLLM all at the end). What it raises ends the call: a way to cancel.
 
         Returns:
             `len(prompts) * n` pieces, those of the first prompt first.
@@ -137,24 +144,24 @@ class Composer(ABC):
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
             raise UserError("there are no prompts")
-        for name, value in (("n", n), ("max_notes", max_notes), ("batch_size", batch_size)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+        for name, value in (("n", n), ("batch_size", batch_size)):
+            _check_count(name, value)
         if n > 1 and temperature == 0:
             raise UserError("with temperature 0 all n pieces would be the same; ask for one")
+        sampling = Sampling(temperature, top_p)
+        style = style or Style(key=constraints.key if constraints else None)
         rules = Rules(self.processor.amt, constraints)
-        if rules.constraints.min_notes > max_notes:
-            raise UserError(
-                f"min_notes is {rules.constraints.min_notes}, but max_notes {max_notes}"
-            )
         ids = [self.processor.encode(text) for text in texts]
-        max_events = self._room(ids, max_notes)
+        room = self._room(ids, max_notes)
+        if rules.constraints.min_notes > room:
+            raise UserError(
+                f"min_notes is {rules.constraints.min_notes}, but a piece has {room} events at most"
+            )
         rows = [
-            (ids[i], Grammar(rules, max_events=max_events))
-            for i in range(len(texts))
-            for _ in range(n)
+            (ids[i], Grammar(rules, max_events=room)) for i in range(len(texts)) for _ in range(n)
         ]
-        found = self._decode(rows, Sampling(temperature, top_p), batch_size, seed)
+        each = self._teller([grammar for _, grammar in rows], on_note)
+        found = self._decode(rows, sampling, batch_size, seed, each)
         stuck = [i for i, (_, grammar) in enumerate(rows) if grammar.error is not None]
         if stuck:
             error = rows[stuck[0]][1].error
@@ -164,7 +171,6 @@ class Composer(ABC):
                 f"{len(stuck)} of {len(rows)} pieces are stuck, first that at {stuck[0]}: {error}",
                 stacklevel=2,
             )
-        style = style or Style(key=constraints.key if constraints else None)
         return [
             self._output(texts[i // n], music, grammar, style)
             for i, (music, (_, grammar)) in enumerate(zip(found, rows, strict=True))
@@ -180,9 +186,11 @@ class Composer(ABC):
         keep_instruments: "Sequence[int | str]" = (),
         temperature: float = 1.0,
         top_p: float = 0.98,
+        max_notes: int | None = None,
         constraints: GenerationConstraints | None = None,
         style: Style | None = None,
         seed: int = 0,
+        on_note: OnNote | None = None,
     ) -> MidiOutput:
         """Write a span of a piece anew, with everything around it known.
 
@@ -197,9 +205,11 @@ class Composer(ABC):
             keep_instruments: Of these the notes of the span stay.
             temperature: See `Sampling`.
             top_p: See `Sampling`.
+            max_notes: New events at most, rests included. None for as many as the model can read.
             constraints: What the new notes must keep to.
-            style: Tempo, metre and key of files.
+            style: Tempo, metre and key of files. None for those of the source, if it is a score.
             seed: Of the draws.
+            on_note: As of `generate`, with new notes only.
 
         Raises:
             UserError: the grid has no controls, or the span is empty or outside of it.
@@ -210,8 +220,7 @@ class Composer(ABC):
             raise UserError(
                 f"the span must rise within 0 to {amt.max_time} s, not {start} to {end}"
             )
-        from midi_llm.vocab import instrument_number
-
+        sampling, style = Sampling(temperature, top_p), style or _style(source)
         notes = source if isinstance(source, Notes) else notes_of_score(source)
         inside = (notes.onset >= start) & (notes.onset < end)
         kept = np.isin(notes.instrument, [instrument_number(i) for i in keep_instruments])
@@ -219,30 +228,27 @@ class Composer(ABC):
         events = events_of(known, amt)
         early = known.onset < start
         fits = events[:, 0] < amt.times
-        before, controls = events[early & fits], events[~early & fits]
+        first = math.ceil(start * amt.resolution)
+        before, controls = pad_rests(events[early & fits], amt, end=first), events[~early & fits]
         given = dict(constraints.to_dict()) if constraints else {}
         given["end_time"] = min(end, given.get("end_time", end))
         rules = Rules(amt, GenerationConstraints.from_dict({**given, "min_notes": 0}))
-        context, flags = _interleaved(before, controls, amt)
-        placed = int(flags.sum())
+        # Controls that are due within the context stand in it; the grammar forces in the others.
+        last = int(before[-1, 0]) if len(before) else 0
+        due = controls[controls[:, 0] <= last + amt.delta]
+        both, flags = interleave(before, due, amt)
+        context = ids_of(both, amt, control=flags)
         ids = [*self.processor.encode(prompt, controls=True), *(self.processor.offset + context)]
-        first = math.ceil(start * amt.resolution)
-        left = len(controls) - placed
-        room = self._room([ids], 10**6) - left  # a control takes the place of an event
-        if room < 1:
-            raise UserError(
-                f"{left} notes are to be kept behind second {start:g}, more than the model "
-                "reads; infill a shorter piece"
-            )
+        left = len(controls) - len(due)
+        room = self._room([ids], max_notes, most=None, beside=left)
         grammar = Grammar(
-            rules, max_events=room, given=before, controls=controls, placed=placed, start=first
+            rules, max_events=room, given=before, controls=controls, placed=len(due), start=first
         )
-        music = self._alone(ids, grammar, Sampling(temperature, top_p), seed)
+        music = self._alone(ids, grammar, sampling, seed, on_note)
         new = notes_of_events(np.array(grammar.events, np.int64).reshape(-1, 3), amt)
         return MidiOutput(
-            prompt, _merged(known, new), tuple(music), grammar.finish_reason or "stop",
-            style or Style(),
-        )  # fmt: skip
+            prompt, _merged(known, new), tuple(music), grammar.finish_reason or "stop", style
+        )
 
     def continue_(
         self,
@@ -252,9 +258,11 @@ class Composer(ABC):
         prompt: str,
         temperature: float = 1.0,
         top_p: float = 0.98,
+        max_notes: int | None = None,
         constraints: GenerationConstraints | None = None,
         style: Style | None = None,
         seed: int = 0,
+        on_note: OnNote | None = None,
     ) -> MidiOutput:
         """Go on with a piece, past the end of the grid too: the context slides along.
 
@@ -264,40 +272,42 @@ class Composer(ABC):
             prompt: The text.
             temperature: See `Sampling`.
             top_p: See `Sampling`.
-            constraints: What the new notes must keep to; `end_time` counts from the beginning of
-                what is new.
-            style: Tempo, metre and key of files.
+            max_notes: New events at most, rests included. None for no limit.
+            constraints: What the new notes must keep to. `end_time` counts from the end of the
+                source; `notes_per_second` is counted anew each time that the context slides.
+            style: Tempo, metre and key of files. None for those of the source, if it is a score.
             seed: Of the draws.
+            on_note: As of `generate`, with new notes only.
 
         Raises:
             UserError: `seconds` is not above 0, or as of `generate`.
         """
         if not 0 < seconds < 3600:
             raise UserError(f"seconds must be over 0 and under 3600, not {seconds!r}")
+        if max_notes is not None:
+            _check_count("max_notes", max_notes)
         amt = self.processor.amt
+        sampling, style = Sampling(temperature, top_p), style or _style(source)
         notes = source if isinstance(source, Notes) else notes_of_score(source)
         begins, reason, music = notes.end, "stop", []
         wanted = begins + seconds
-        half = amt.max_time / 2
+        given = dict(constraints.to_dict()) if constraints else {}
         text = self.processor.encode(prompt)
+        left = math.inf if max_notes is None else max_notes
         while notes.end < wanted:
             # The last half of the grid's time, or as much as fits, is what the model hears.
-            since = max(0.0, np.floor(notes.end - half))
+            last = float(notes.onset[-1]) if len(notes) else 0.0
+            since = max(0.0, math.floor(last - amt.max_time / 2))
             heard = notes[notes.onset >= since]
-            shifted = Notes(heard.onset - since, *heard.columns[1:])
-            events = events_of(shifted, amt)
-            longest = max(1, self._context(len(text)) // 6)
-            events = events[-longest:]
+            events = events_of(Notes(heard.onset - since, *heard.columns[1:]), amt)
+            events = events[-max(1, self._context(len(text)) // 6) :]
             if len(events):
                 late = int(events[0, 0])
                 events[:, 0] -= late
                 since += late / amt.resolution
-            from midi_llm.anticipate import ids_of, pad_rests
-
             context = ids_of(pad_rests(events, amt), amt)
             ids = [*text, *(self.processor.offset + context)]
             until = min(wanted - since + 1.0, float(amt.max_time))
-            given = dict(constraints.to_dict()) if constraints else {}
             if "end_time" in given:
                 until = min(until, begins + given["end_time"] - since)
             if until * amt.resolution <= events[-1, 0] if len(events) else until <= 0:
@@ -305,42 +315,88 @@ class Composer(ABC):
             rules = Rules(
                 amt, GenerationConstraints.from_dict({**given, "end_time": until, "min_notes": 0})
             )
-            grammar = Grammar(rules, max_events=self._room([ids], 10**6), given=events)
-            music += self._alone(ids, grammar, Sampling(temperature, top_p), seed)
+            room = min(left, self._room([ids], None, most=None))
+            grammar = Grammar(rules, max_events=int(room), given=events)
+            music += self._alone(ids, grammar, sampling, seed, on_note, since)
             new = notes_of_events(np.array(grammar.events, np.int64).reshape(-1, 3), amt)
             reason = grammar.finish_reason or "stop"
-            if not len(new):
-                break
+            left -= len(grammar.events)
             notes = _merged(notes, Notes(new.onset + since, *new.columns[1:]))
-            if reason == "stop":
+            if not len(new) or reason == "stop" or left < 1:
                 break
             seed += 1
-        return MidiOutput(prompt, notes, tuple(music), reason, style or Style())
+        return MidiOutput(prompt, notes, tuple(music), reason, style)
 
     # Within
 
-    def _alone(self, ids: list[int], grammar: Grammar, sampling: Sampling, seed: int) -> list[int]:
-        [music] = self._decode([(ids, grammar)], sampling, 1, seed)
+    def _alone(
+        self,
+        ids: list[int],
+        grammar: Grammar,
+        sampling: Sampling,
+        seed: int,
+        on_note: OnNote | None,
+        since: float = 0.0,
+    ) -> list[int]:
+        each = self._teller([grammar], on_note, since)
+        [music] = self._decode([(ids, grammar)], sampling, 1, seed, each)
         if grammar.error is not None:
             raise grammar.error
         return music
+
+    def _teller(
+        self, grammars: Sequence[Grammar], on_note: OnNote | None, since: float = 0.0
+    ) -> "Callable[[int], None] | None":
+        """Return what is called with a row after each of its ids, and tells of whole notes."""
+        if on_note is None:
+            return None
+        told, amt = [0] * len(grammars), self.processor.amt
+
+        def each(row: int) -> None:
+            events = grammars[row].events[told[row] :]
+            told[row] += len(events)
+            for time, duration, note in events:
+                if note != REST:
+                    instrument, pitch = divmod(note, amt.pitches)
+                    onset, lasts = time / amt.resolution, duration / amt.resolution
+                    number = int(amt.to_instrument(instrument))
+                    on_note(row, Note(since + onset, lasts, number, pitch))
+
+        return each
 
     @abstractmethod
     def _context(self, text: int) -> int:
         """Return how many ids fit behind so many."""
 
-    def _room(self, ids: Sequence[Sequence[int]], wanted: int) -> int:
-        """Return how many events fit behind prompts."""
+    def _room(
+        self,
+        ids: Sequence[Sequence[int]],
+        wanted: int | None,
+        *,
+        most: int | None = DEFAULT_NOTES,
+        beside: int = 0,
+    ) -> int:
+        """Return how many events may follow prompts.
+
+        Args:
+            ids: The prompts.
+            wanted: By the user; a warning says if not so many fit.
+            most: If the user does not say.
+            beside: Events that must fit as well.
+        """
+        if wanted is not None:
+            _check_count("max_notes", wanted)
         longest = max(len(row) for row in ids)
-        room = self._context(longest) // 3
+        room = self._context(longest) // 3 - beside
         if room < 1:
+            more = f" and then {beside} notes that are kept" if beside else ""
             raise UserError(
-                f"a prompt has {longest} ids, but the model reads "
-                f"{self._context(0)} and an event needs 3; shorten the prompt"
+                f"a prompt has {longest} ids{more}, but the model reads {self._context(0)} and an "
+                "event needs 3; shorten the prompt or the piece"
             )
-        if room < wanted < 10**6 and wanted != DEFAULT_NOTES:
+        if wanted is not None and room < wanted:
             warnings.warn(f"max_notes is {wanted}, but {room} fit behind the prompt", stacklevel=3)
-        return min(wanted, room)
+        return min(room, wanted or most or room)
 
     def _output(self, prompt: str, ids: list[int], grammar: Grammar, style: Style) -> MidiOutput:
         events = np.array(grammar.events, np.int64).reshape(-1, 3)
@@ -354,8 +410,12 @@ class Composer(ABC):
         sampling: Sampling,
         batch_size: int,
         seed: int,
+        each: "Callable[[int], None] | None",
     ) -> list[list[int]]:
-        """Return the music ids that follow prompts, each by its grammar, which is advanced."""
+        """Return the music ids that follow prompts, each by its grammar, which is advanced.
+
+        `each` is called with the number of a row after each of its ids.
+        """
 
 
 class MidiLM(Composer):
@@ -407,15 +467,17 @@ class MidiLM(Composer):
         sampling: Sampling,
         batch_size: int,
         seed: int,
+        each: "Callable[[int], None] | None",
     ) -> list[list[int]]:
         found: list[list[int]] = []
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
+            tell = None if each is None else partial(_tell, each, start)
             found += decode(
                 self.model, [ids for ids, _ in part], [grammar for _, grammar in part],
                 self.processor.offset, sampling,
                 seeds=[(seed * 1_000_003 + start + i) % 2**63 for i in range(len(part))],
-                pad=self.processor.offset + self.processor.amt.size,
+                pad=self.processor.offset + self.processor.amt.size, each=tell,
             )  # fmt: skip
         return found
 
@@ -532,8 +594,10 @@ def _choose(
         logits = whole[:, offset + start : offset + stop]
         if extra is not None:
             logits = torch.cat([logits, whole[:, offset + extra, None]], 1)
-    if bool(logits.isnan().any()):
-        raise UserError("a logit is NaN: the model's numbers overflow, or its weights are broken")
+    if not bool((logits.amax(1) < math.inf).all()):  # of rows with NaN that is NaN
+        raise UserError(
+            "a logit is NaN or infinite: the model's numbers overflow, or its weights are broken"
+        )
     chosen = []
     for row, (one, draw) in enumerate(zip(allowed, draws, strict=True)):
         scores = logits[row, one.start - start : one.stop - start]
@@ -554,7 +618,8 @@ def _draw(scores: "Tensor", sampling: Sampling, draw: "torch.Generator") -> int:
 
     if sampling.temperature == 0:
         return int(scores.argmax())
-    probs = torch.softmax(scores / sampling.temperature, 0)
+    temperature = max(sampling.temperature, 1e-30)  # less would be 0 in float32
+    probs = torch.softmax((scores - scores.max()) / temperature, 0)
     if sampling.top_p < 1:
         ranked, order = probs.sort(descending=True, stable=True)
         kept = ranked.cumsum(0) - ranked < sampling.top_p
@@ -563,17 +628,9 @@ def _draw(scores: "Tensor", sampling: Sampling, draw: "torch.Generator") -> int:
     return int(torch.multinomial(probs, 1, generator=draw))
 
 
-def _interleaved(
-    before: np.ndarray, controls: np.ndarray, amt: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return ids of a context with the controls that are due in it, and which are controls."""
-    from midi_llm.anticipate import ids_of, interleave, pad_rests
-
-    rests = pad_rests(before, amt)
-    last = int(rests[-1, 0]) if len(rests) else 0
-    due = controls[controls[:, 0] <= last + amt.delta]
-    both, flags = interleave(rests, due, amt)
-    return ids_of(both, amt, control=flags), flags
+def _tell(each: Callable[[int], None], start: int, row: int, id: int) -> None:
+    del id
+    each(start + row)
 
 
 def _merged(first: Notes, second: Notes) -> Notes:
@@ -583,6 +640,10 @@ def _merged(first: Notes, second: Notes) -> Notes:
     return Notes(*(column[order] for column in columns))
 
 
-def is_rest(event: Sequence[int]) -> bool:
-    """Whether an event is a rest."""
-    return event[2] == REST
+def _style(source: Any) -> Style:
+    return Style() if isinstance(source, Notes) else style_of_score(source)
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")

@@ -45,8 +45,8 @@ class GenerationConstraints:
         pitch_range: Lowest and highest pitch, 0 to 127, of pitched notes.
         max_polyphony: How many notes sound at once at most.
         end_time: Seconds before which every note begins and ends.
-        notes_per_second: From the beginning to any moment there are at most so many in the mean,
-            and one second's worth more, rounded up.
+        notes_per_second: From the beginning of what is new to any moment there are at most so many
+            in the mean, and one second's worth more, rounded up.
         min_notes: The piece may not end with fewer.
     """
 
@@ -240,6 +240,7 @@ class Grammar:
         self._forced: list[int] = []
         for event in [] if given is None else given.tolist():
             self._enter(*event)
+        self._begins, self._given = max(self._last, start), self._notes
         self._force()
 
     @property
@@ -393,9 +394,9 @@ class Grammar:
                 break
             low += 1  # every note that is left begins there already
         if constraints.notes_per_second is not None:
-            due = (self._notes + 1 - self.rules.burst) / constraints.notes_per_second
+            due = (self._notes - self._given + 1 - self.rules.burst) / constraints.notes_per_second
             due = min(due * config.resolution, self.rules.end)  # a tiny rate may give infinity
-            low = max(low, math.ceil(due))
+            low = max(low, self._begins + math.ceil(due))
         if constraints.max_polyphony is not None:
             sounding = len(self._ends) - bisect_right(self._ends, low)
             if sounding >= constraints.max_polyphony:

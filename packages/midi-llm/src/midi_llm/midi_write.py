@@ -2,7 +2,7 @@
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,37 @@ class Style:
             )
         if self.key is not None:
             key_signature(self.key)
+
+
+def style_of_score(score: Any) -> Style:
+    """Return the tempo, metre and key with which a `symusic.Score` begins.
+
+    What a score does not say, or says in a way that no `Style` can, stays as `Style` has it.
+    """
+    said: dict[str, Any] = {}
+    if len(score.tempos):
+        said["tempo"] = float(score.tempos[0].qpm)
+    if len(score.time_signatures):
+        metre = score.time_signatures[0]
+        said["time_signature"] = (int(metre.numerator), int(metre.denominator))
+    if len(score.key_signatures):
+        said["key"] = _name_of_key(score.key_signatures[0])
+    style = Style()
+    for name, value in said.items():
+        try:
+            style = replace(style, **{name: value})
+        except UserError:  # a file may say anything; none of it moves a note
+            continue
+    return style
+
+
+def _name_of_key(signature: Any) -> str:
+    """Return such as "Eb minor" for a signature of sharps (flats: negative) and mode."""
+    place = int(signature.key) + 1 + 3 * int(signature.tonality)
+    tonic = _FIFTHS[place % 7]
+    sign = place // 7
+    mode = "minor" if signature.tonality else "major"
+    return f"{tonic}{'#' * sign}{'b' * -sign} {mode}"
 
 
 def key_signature(key: str) -> tuple[int, int]:

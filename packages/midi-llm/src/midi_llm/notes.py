@@ -1,7 +1,7 @@
 """`Notes`: a piece as arrays, in seconds, exactly as arrival-time tokens want it."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -9,6 +9,22 @@ from midi_llm.vocab import DRUMS
 from tenfold_common.errors import UserError
 
 MAX_SECONDS = 4 * 3600
+
+
+class Note(NamedTuple):
+    """One note.
+
+    Attributes:
+        onset: Seconds.
+        duration: Seconds.
+        instrument: 0 to 127 the program, 128 drums.
+        pitch: 0 to 127.
+    """
+
+    onset: float
+    duration: float
+    instrument: int
+    pitch: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ one at start.
 
 import json
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -37,7 +38,12 @@ class _VLLM(Composer):
         return self.context - text
 
     def _decode(
-        self, rows: Rows, sampling: Sampling, batch_size: int, seed: int
+        self,
+        rows: Rows,
+        sampling: Sampling,
+        batch_size: int,
+        seed: int,
+        each: "Callable[[int], None] | None",
     ) -> list[list[int]]:
         """Decode all rows at once: vLLM makes its batches itself."""
         offset = self.processor.offset
@@ -54,8 +60,10 @@ class _VLLM(Composer):
                 "stop_token_ids": [offset + self.processor.amt.separator],
             }
             requests.append((ids, fields, json.dumps(midi, default=int)))
-        found = self._ask(requests)
-        return [self._replay(ids, grammar) for ids, (_, grammar) in zip(found, rows, strict=True)]
+        made = []
+        for row, ids in enumerate(self._ask(requests)):
+            made.append(self._replay(ids, rows[row][1], each and partial(each, row)))
+        return made
 
     @abstractmethod
     def _ask(self, requests: list[Request]) -> list[list[int]]:
@@ -65,7 +73,9 @@ class _VLLM(Composer):
     def _blame(self) -> str:
         """Return what an id that is not allowed may come from."""
 
-    def _replay(self, ids: Sequence[int], grammar: Grammar) -> list[int]:
+    def _replay(
+        self, ids: Sequence[int], grammar: Grammar, each: "Callable[[], None] | None"
+    ) -> list[int]:
         """Advance a grammar by what was generated, and return its music ids."""
         found: list[int] = []
         for id in ids:
@@ -80,6 +90,8 @@ class _VLLM(Composer):
                 )
             grammar.push(music)
             found.append(music)
+            if each is not None:
+                each()
         if grammar.proceed() is not None:
             grammar.finish_reason = "length"  # of the context
         return found

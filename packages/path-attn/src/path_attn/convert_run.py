@@ -77,7 +77,7 @@ def convert_folder(
     if source.get("model_type") == "path_attn":
         report: dict[str, Any] = {"kind": "fla", "source": model}
         with locked_folder(output_dir) as out:
-            prepare_output_dir(out, overwrite=overwrite)
+            prepare_output_dir(out, overwrite=overwrite, inputs=[model, data])
             _save(out / "final", from_fla(model), _tokenizer(model), report)
         return report
     steps = settings.stage1_steps + settings.stage2_steps
@@ -114,7 +114,7 @@ def convert_folder(
     }
     losses = {}
     with locked_folder(output_dir) as out:
-        prepare_output_dir(out, overwrite=overwrite)
+        prepare_output_dir(out, overwrite=overwrite, inputs=[model, data])
         if validation is not None:
             losses["teacher"] = _mean_loss(teacher, validation)
             losses["student before"] = _mean_loss(student, validation)

@@ -240,7 +240,12 @@ def train_each(config: TrainConfig, position_encodings: list[str]) -> Path:
             _check_same_run(checked, folder)
     with locked_folder(out) if main else nullcontext():
         if main:
-            prepare_output_dir(out, resume=config.resume, overwrite=config.overwrite)
+            prepare_output_dir(
+                out,
+                resume=config.resume,
+                overwrite=config.overwrite,
+                inputs=[config.data, config.tokenizer],
+            )
             told = {**_portable(config.resolved()), "position_encoding": position_encodings}
             write_json(out / COMPARISON_FILE, told)
         return _train_each_in(out, config, configs)
@@ -413,7 +418,12 @@ def _check_same_run(config: TrainConfig, out: Path) -> None:
 
 def _prepare_folder(config: TrainConfig, out: Path) -> None:
     """Empty the folder or leave its content, as asked for, and store the configuration."""
-    prepare_output_dir(out, resume=config.resume, overwrite=config.overwrite)
+    prepare_output_dir(
+        out,
+        resume=config.resume,
+        overwrite=config.overwrite,
+        inputs=[config.data, config.tokenizer],
+    )
     try:
         write_json(out / CONFIG_FILE, _portable(config))
     except OSError as error:

@@ -84,7 +84,10 @@ def train(options: TrainOptions) -> Path:
     with locked_folder(out) if main else nullcontext():
         with arguments.main_process_first(desc="preparing the output folder"):
             if main:
-                prepare_output_dir(out, resume=options.resume, overwrite=options.overwrite)
+                prepare_output_dir(
+                    out, resume=options.resume, overwrite=options.overwrite,
+                    inputs=[options.model, options.data, options.warmup_data],
+                )  # fmt: skip
                 write_json(out / OPTIONS_FILE, _portable(options))
         with disk_errors(out):
             return _train_in(out, options, arguments, tokenizer, dataset)

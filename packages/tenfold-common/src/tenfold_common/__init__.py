@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tenfold_common.atomic import (
         atomic_dir,
         atomic_write,
+        check_output_dir,
         check_output_file,
         is_complete,
         locked_folder,
@@ -66,8 +67,8 @@ if TYPE_CHECKING:
     from tenfold_common.tiny import byte_tokenizer, tiny_llama, tiny_qwen, word_tokenizer
 
 _MODULES = {
-    "atomic": "atomic_dir atomic_write check_output_file is_complete locked_folder mark_complete "
-    "newest_complete prepare_output_dir verify write_json",
+    "atomic": "atomic_dir atomic_write check_output_dir check_output_file is_complete "
+    "locked_folder mark_complete newest_complete prepare_output_dir verify write_json",
     "cli": "base_parser run setup_logging",
     "device": "Choice resolve_device resolve_dtype",
     "errors": "CheckpointError MissingDependencyError TenfoldError UserError suggest",
@@ -107,6 +108,7 @@ __all__ = [
     "atomic_write",
     "base_parser",
     "byte_tokenizer",
+    "check_output_dir",
     "check_output_file",
     "environment",
     "generator",

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Literal
@@ -191,7 +191,11 @@ def newest_complete(
 
 
 def prepare_output_dir(
-    path: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False
+    path: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
 ) -> Path:
     """Make an output folder, and refuse one that holds something unless told what to do with it.
 
@@ -200,6 +204,8 @@ def prepare_output_dir(
         resume: Accept a folder with content and leave the content as it is.
         overwrite: Delete the content first. Refused for the current folder, the home folder, a
             folder around either and a git checkout.
+        inputs: Files and folders that the job reads; None and names that are not there are passed
+            over. What is one of them, holds one or lies in one is never overwritten.
 
     Returns:
         The folder, which now exists.
@@ -210,6 +216,35 @@ def prepare_output_dir(
     """
     from shutil import rmtree
 
+    folder = check_output_dir(path, resume=resume, overwrite=overwrite, inputs=inputs)
+    if overwrite and folder.is_dir():
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                rmtree(entry)
+            else:
+                entry.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the output folder {str(path)!r}: {error.strerror}") from error
+    return folder
+
+
+def check_output_dir(
+    path: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    inputs: Iterable[str | os.PathLike[str] | None] = (),
+) -> Path:
+    """Say before a long job whether `prepare_output_dir` will refuse; nothing is made or deleted.
+
+    The arguments and errors are those of `prepare_output_dir`, but for a folder that cannot be
+    made.
+
+    Returns:
+        The folder, which may not exist yet.
+    """
     folder = Path(path)
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one")
@@ -230,15 +265,16 @@ def prepare_output_dir(
                 f"will not overwrite {str(path)!r}: it is a git checkout, or the current or home "
                 "folder lies in it. Choose another output folder."
             )
-        for entry in entries:
-            if entry.is_dir() and not entry.is_symlink():
-                rmtree(entry)
-            else:
-                entry.unlink()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the output folder {str(path)!r}: {error.strerror}") from error
+        for one in inputs:
+            if one is None or not Path(one).exists():
+                continue
+            link = Path(one).parent.resolve() / Path(one).name  # itself, not only what it names
+            places = (Path(one).resolve(), link)
+            if any(p.is_relative_to(real) or real.is_relative_to(p) for p in places):
+                raise UserError(
+                    f"will not overwrite {str(path)!r}: the input {str(one)!r} is that folder, or "
+                    "one of them lies in the other. Choose another output folder."
+                )
     return folder
 
 
