@@ -581,3 +581,18 @@ def test_captions_of_nottingham_are_read_back(data_folder):
         got, asked = analyze(path), parse_caption(describe(analyze(path), seed=i))
         assert (asked.key, asked.time_signature) == (got.key, got.time_signature)
         assert asked.instruments == got.instruments
+
+
+def test_a_file_is_measured_by_the_notes_it_is_tokenised_by(tmp_path):
+    """The program stands in another track than the notes; the last note is never ended."""
+    import mido
+
+    midi = mido.MidiFile(type=1, ticks_per_beat=480)
+    midi.tracks.append(mido.MidiTrack([mido.Message("program_change", channel=0, program=40)]))
+    on = [mido.Message("note_on", channel=0, note=60 + i, time=480 * (i > 0)) for i in range(3)]
+    midi.tracks.append(mido.MidiTrack(on))
+    midi.save(tmp_path / "a.mid")
+    found = analyze(tmp_path / "a.mid")
+    assert found.instruments == (40,)
+    assert found.pitch_range == (60, 62)
+    assert found.seconds == pytest.approx(1.25)

@@ -13,7 +13,9 @@ from midi_files import midi, off, on
 from tiny_model import tiny_lm
 
 from midi_llm.app import make_app
+from midi_llm.decode import MidiLM, OnNote
 from midi_llm.midi_read import read_notes
+from midi_llm.notes import Note
 from midi_llm.vocab import AMTConfig
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs midi-llm[serve]")
@@ -28,9 +30,9 @@ PATIENCE = 60_000  # milliseconds
 
 
 @contextmanager
-def served(amt: AMTConfig | None = None) -> Iterator[str]:
-    """The page of a model of random weights on a free port; yields its address."""
-    config = uvicorn.Config(make_app(tiny_lm(amt)), port=0, log_level="warning")
+def served(lm: MidiLM | None = None, **named: Any) -> Iterator[str]:
+    """The page of a model, by default of random weights, on a free port; yields its address."""
+    config = uvicorn.Config(make_app(lm or tiny_lm(), **named), port=0, log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -204,6 +206,43 @@ def test_the_button_says_that_it_works(page: Any) -> None:
     assert "Composing" in page.locator("#status").inner_text()
 
 
+def test_cancel_ends_the_piece_and_shows_how_far_it_is(
+    browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny_lm()
+
+    def endless(*_: Any, on_note: OnNote, **__: Any) -> Any:
+        while True:
+            time.sleep(0.02)
+            on_note(0, Note(0, 1, 0, 60))
+
+    monkeypatch.setattr(lm, "generate", endless)
+    with served(lm) as address, opened(browser, address) as page:
+        cancel = page.get_by_role("button", name="Cancel")
+        assert cancel.is_hidden()
+        page.get_by_label("What should it sound like?").fill("a calm piano piece")
+        page.get_by_role("button", name="Generate").click()
+        sync_api.expect(page.locator("#progress")).to_contain_text("notes so far", timeout=PATIENCE)
+        cancel.click()
+        wait(page, "!busy")
+        assert cancel.is_hidden()
+        assert page.locator("#progress").is_hidden()
+        assert page.locator("#error").is_hidden()
+        assert page.locator("article").count() == 0
+        health = f"{address}api/health"
+        start = time.monotonic()
+        while page.request.get(health).json()["pending"]:
+            assert time.monotonic() - start < 5
+        monkeypatch.undo()
+        compose(page)
+
+
+def test_the_page_begins_with_the_seed_of_the_server(browser: Any) -> None:
+    with served(seed=7) as address, opened(browser, address) as page:
+        assert page.get_by_label("Seed").input_value() == "7"
+        assert compose(page).locator(".top p").inner_text().endswith("seed 7")
+
+
 def test_a_seed_repeats_a_take_and_none_is_new(page: Any) -> None:
     def played(seed: str) -> bytes:
         page.get_by_label("Seed").fill(seed)
@@ -255,7 +294,7 @@ def test_a_span_is_rewritten_where_the_grid_has_controls(browser: Any, address: 
         compose(page, seconds=4)
         assert page.get_by_role("button", name="Rewrite").count() == 0
     amt = AMTConfig(20, 20, 4, 17, 128, True)
-    with served(amt) as other, opened(browser, other) as page:
+    with served(tiny_lm(amt)) as other, opened(browser, other) as page:
         compose(page, seconds=4)
         page.locator(".from").fill("1")
         page.locator(".to").fill("3")

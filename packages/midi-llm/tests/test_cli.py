@@ -1,21 +1,30 @@
 """The command: every verb, what it writes, and one line with exit code 2 for what is wrong."""
 
+import asyncio
 import json
+import shutil
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from datasets import Dataset, load_from_disk
 
-from midi_llm.cli import _parser, main
+from midi_llm import evaluation
+from midi_llm.cli import METRICS, _parser, main
 from midi_llm.data import prepare_sft
 from midi_llm.decode import MidiLM
-from midi_llm.midi_read import read_notes
-from midi_llm.midi_write import write_midi
+from midi_llm.midi_read import read_notes, read_score
+from midi_llm.midi_write import Style, style_of_score, write_midi
 from midi_llm.modeling import TextMidiProcessor, expand_vocabulary
 from midi_llm.notes import Notes
+from midi_llm.train import TrainConfig
+from midi_llm.train import train as fit
 from midi_llm.vocab import AMTConfig
+from tenfold_common.errors import UserError
 from tenfold_common.tiny import tiny_llama, word_tokenizer
 
 ANTICIPATING = AMTConfig(20, 20, 4, 17, 128, True)
@@ -155,12 +164,239 @@ def test_expand_prepare_and_evaluate(midi, tmp_path, capsys):
     assert scores["family_f1"]["value"] == 1
 
 
-def test_prepare_names_captions_and_options_that_do_not_belong(model, tmp_path, capsys):
-    common = ("--midi", tmp_path, "--model", model, "--out", tmp_path / "o")
-    call("prepare", "cpt", *common, "--captions", "x", code=2)
-    assert "--captions is for sft" in capsys.readouterr().err
-    call("prepare", "sft", *common, code=2)
-    assert "has no *.mid" in capsys.readouterr().err
+def asked(folder, *rows):
+    (folder / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "asked.jsonl"
+
+
+def evaluated(*arguments, folder):
+    call("evaluate", *arguments, "--resamples", 9, "--json", folder / "report.json")
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture
+def music(tmp_path):
+    """Make two outputs whose real pieces sort the other way, and a pool of three."""
+    for name, instrument in (
+        ("a", 0), ("b", 40), ("real/2", 0), ("real/1", 40), ("pool/x", 0), ("pool/deep/y", 9),
+    ):  # fmt: skip
+        file = tmp_path / f"{name}.mid"
+        file.parent.mkdir(exist_ok=True)
+        write_midi(Notes.of(np.arange(9) / 4, 0.2, instrument, 60), file)
+    (tmp_path / "pool/deep/y.mid").rename(tmp_path / "pool/deep/y.MIDI")
+    (tmp_path / "pool/z.MID").write_bytes((tmp_path / "pool/x.mid").read_bytes())
+    (tmp_path / "pool/z.txt").write_text("no music")
+    return tmp_path
+
+
+def test_evaluate_pairs_by_the_lines_and_pools_a_folder(music, capsys):
+    rows = [
+        {"file": "a.mid", "caption": "piano", "real": "real/2.mid", "wall_seconds": 1},
+        {"file": "b.mid", "caption": "violin", "real": "real/1.mid", "wall_seconds": 3},
+    ]
+    file = asked(music, *rows)
+    found = evaluated(
+        file, "--metrics", "control", "distribution", "rtf", "--real", music / "pool", folder=music
+    )
+    assert found["scores"]["instrument_exact"]["real"] == 1
+    assert found["scores"]["RTF"]["value"] == pytest.approx(2 * 2.2 / 4, abs=0.01)
+    assert (found["settings"]["references"], found["settings"]["real"]) == (2, 3)
+    found = evaluated(file, "--metrics", "distribution", "rtf", "--wall_seconds", 2, folder=music)
+    assert found["settings"]["real"] == 2
+    assert found["scores"]["RTF"]["value"] == pytest.approx(2.2, abs=0.01)
+
+    bare = asked(music, *({k: row[k] for k in ("file", "caption")} for row in rows))
+    found = evaluated(bare, "--metrics", *METRICS[:3], "--real", music / "pool", folder=music)
+    assert found["scores"]["instrument_exact"]["real"] is None
+    assert found["scores"]["CR"]["real"] > 1
+    capsys.readouterr()
+    for metric, says in (
+        ("distribution", "distribution compares with real music"), ("fad", "fad compares with"),
+        ("rtf", "rtf needs --wall_seconds"),
+    ):  # fmt: skip
+        call("evaluate", bare, "--metrics", metric, code=2)
+        assert says in capsys.readouterr().err
+    call("evaluate", bare, "--real", music / "real" / "none", code=2)
+    assert "is no folder" in capsys.readouterr().err
+    del rows[0]["real"]
+    call("evaluate", asked(music, *rows), code=2)
+    assert "1 of 2 lines have real" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::midi_llm.render.PreviewWarning")
+def test_evaluate_hears_pieces_and_names_the_one_it_cannot(music, capsys):
+    rows = [{"file": f"{name}.mid", "caption": "piano"} for name in "ab"]
+    fad = ("--metrics", "fad", "--shrinkage", 0.5, "--real", music / "pool")
+    found = evaluated(asked(music, *rows), *fad, folder=music)
+    assert next(iter(found["scores"].values()))["value"] > 0
+    paired = asked(music, *({**row, "real": row["file"]} for row in rows))
+    found = evaluated(paired, *fad[:4], folder=music)
+    assert next(iter(found["scores"].values()))["value"] == pytest.approx(0, abs=1e-6)
+    write_midi(Notes.of([], 0.0, 0, 0), music / "pool" / "deep" / "silent.mid")
+    capsys.readouterr()
+    call("evaluate", music / "asked.jsonl", *fad, code=2)
+    err = capsys.readouterr().err
+    assert "silent.mid cannot be heard: the piece has no notes" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_evaluate_offers_every_metric():
+    assert METRICS == evaluation.METRICS
+
+
+def test_render_draws_what_sounds(midi, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="needs midi-llm[plot]")
+    preview = ("render", midi, "--engine", "preview", "--spectrogram")
+    call(*preview, tmp_path / "alone.png")
+    call(*preview, tmp_path / "a.png", "--wav", tmp_path / "a.wav", "--roll", tmp_path / "r.png")
+    written = capsys.readouterr().out.split()
+    assert written == [str(tmp_path / n) for n in ("alone.png", "a.wav", "r.png", "a.png")]
+    alone, beside = ((tmp_path / name).read_bytes() for name in ("alone.png", "a.png"))
+    assert alone == beside
+    assert alone[:4] == b"\x89PNG"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "says"),
+    [
+        ("cpt", ["--captions", "x"], "--captions is for sft"),
+        ("cpt", ["--copies", 1], "--copies is for sft"),
+        ("cpt", ["--dropout", 0], "--dropout is for sft"),
+        ("sft", ["--text", "x"], "--text is for cpt"),
+        ("sft", ["--exclude", "x"], "--exclude is for cpt"),
+        ("sft", ["--dropout", 2], "--dropout must be 0 to 1"),
+        ("sft", ["--length", 3], "--length must be at least 4"),
+        ("sft", [], "has no *.mid"),
+    ],
+)
+def test_prepare_refuses_what_does_not_belong(stage, options, says, tmp_path, capsys):
+    (tmp_path / "midi").mkdir()
+    common = ("--midi", tmp_path / "midi", "--model", "nowhere", "--out", tmp_path / "o")
+    call("prepare", stage, *common, *options, code=2)
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three tunes, one of them in a folder of its own."""
+    for name in ("a.mid", "b.mid", "sub/c.mid"):
+        (tmp_path / "midi" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_midi(tune(), tmp_path / "midi" / name)
+    return tmp_path / "midi"
+
+
+def test_prepare_says_what_was_used_and_what_left_out(model, folder, tmp_path, capsys):
+    common = ("--midi", folder, "--model", model, "--length", 128, "--all")
+    rows = [{"file": name, "caption": "slow jazz"} for name in ("./a.mid", "sub/c.mid", "gone.mid")]
+    (tmp_path / "captions").write_text("\n\n".join(map(json.dumps, rows)))
+    (folder / "a.mid").write_text("junk")
+    call(
+        "prepare", "sft", *common, "--captions", tmp_path / "captions", "--out", tmp_path / "sft",
+        "--json", tmp_path / "r.json",
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert "1 rows of 128 ids from 1 of 2 pieces" in out
+    for reason in ("1 captions without a file", "1 not readable", "1 without a caption"):
+        assert f"left out: {reason}" in out
+    assert json.loads((tmp_path / "r.json").read_text())["pieces"] == 1
+    (tmp_path / "held").write_text("sub/c.mid\r\n./gone.mid\n\n")
+    call("prepare", "cpt", *common, "--exclude", tmp_path / "held", "--out", tmp_path / "cpt")
+    out = capsys.readouterr().out
+    assert "from 1 of 2 pieces" in out
+    assert "left out: 1 held out by --exclude" in out
+    assert "left out: 1 named by --exclude, but not in the folder" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"file": "a.mid", "caption": "fast"}', "a.mid has a caption already"),
+        ('{"file": "./a.mid", "caption": "fast"}', "a.mid has a caption already"),
+        ('{"file": "/a.mid", "caption": "fast"}', "relative to --midi, not '/a.mid'"),
+        ('{"file": 5, "caption": "fast"}', "relative to --midi, not 5"),
+        ('{"file": "b.mid", "caption": " "}', "must be a text, not ' '"),
+        ('{"file": "b.mid", "caption": null}', "must be a text, not None"),
+        ('{"file": "b.mid"}', "needs file and caption"),
+        ("\xff", "no JSON"),
+    ],
+)
+def test_a_doubtful_caption_is_an_error_with_its_line(line, says, model, folder, tmp_path, capsys):
+    good = '{"file": "a.mid", "caption": "slow"}'
+    (tmp_path / "captions").write_bytes(f"{good}\n\n{line}\n".encode("latin-1"))
+    call(
+        "prepare", "sft", "--midi", folder, "--model", model, "--out", tmp_path / "o",
+        "--captions", tmp_path / "captions", code=2,
+    )  # fmt: skip
+    err = capsys.readouterr().err
+    assert "captions, line 3: " in err
+    assert says in err
+    assert len(err.splitlines()) == 1
+
+
+def test_captions_of_other_files_are_an_error(model, folder, tmp_path, capsys):
+    (tmp_path / "captions").write_text('{"file": "midi/a.mid", "caption": "slow"}')
+    call(
+        "prepare", "sft", "--midi", folder, "--model", model, "--out", tmp_path / "o",
+        "--captions", tmp_path / "captions", code=2,
+    )  # fmt: skip
+    assert "has 'midi/a.mid'" in capsys.readouterr().err
+
+
+def test_prepare_replaces_old_data_only_by_whole_new(model, folder, tmp_path, capsys):
+    from datasets import load_from_disk
+
+    out = tmp_path / "o"
+    command = ("prepare", "cpt", "--midi", folder, "--model", model, "--out", out)
+    call(*command, "--all", "--length", 128)
+    call(*command, "--all", code=2)
+    assert "is not empty" in capsys.readouterr().err
+    call(*command, "--overwrite", code=2)  # too short, all of them
+    assert "(3 fewer than 100 notes)" in capsys.readouterr().err
+    assert len(load_from_disk(str(out))[0]["input_ids"]) == 128
+    call(*command, "--all", "--overwrite", "--length", 64)
+    assert len(load_from_disk(str(out))[0]["input_ids"]) == 64
+    assert {path.name for path in tmp_path.iterdir()} == {"midi", "o"}  # nothing else is left
+    call(*command[:-1], tmp_path, "--all", "--overwrite", code=2)
+    assert "will not overwrite" in capsys.readouterr().err
+    assert (folder / "a.mid").exists()
+
+
+def test_serve(model, tmp_path, monkeypatch, capsys):
+    uvicorn = pytest.importorskip("uvicorn", reason="needs midi-llm[serve]")
+    pytest.importorskip("fastapi", reason="needs midi-llm[serve]")
+    httpx = pytest.importorskip("httpx", reason="asks the server for what it was told")
+    seen = []
+
+    async def health(app, address):
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url=address) as client:
+            return (await client.get("/api/health")).json()
+
+    def run(server, sockets):
+        address = json.loads((tmp_path / "ready.json").read_text())["address"]
+        assert address == f"http://127.0.0.1:{sockets[0].getsockname()[1]}/"
+        assert capsys.readouterr().out.splitlines()[0] == f"serving {address} until Ctrl-C"
+        app = server.config.app
+        seen.append((app.state.studio.soundfont, asyncio.run(health(app, address))))
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    (tmp_path / "a.sf2").write_bytes(b"RIFF    sfbk")
+    common = ("serve", "--model", model, "--port", 0)
+    call(
+        *common, "--json", tmp_path / "ready.json", "--max_queue", 1, "--max_notes", 9,
+        "--max_upload", 1000, "--soundfont", tmp_path / "a.sf2", "--seed", 3,
+    )  # fmt: skip
+    [(soundfont, told)] = seen
+    assert soundfont == str(tmp_path / "a.sf2")
+    wanted = {"max_queue": 1, "max_notes": 9, "max_upload": 1000, "seed": 3}
+    assert {name: told[name] for name in wanted} == wanted
+    call(*common, "--max_upload", 0, code=2)
+    assert "max_upload must be" in capsys.readouterr().err
+    call(*common, "--soundfont", tmp_path / "none.sf2", code=2)
+    assert "none.sf2" in capsys.readouterr().err
+    assert len(seen) == 1
 
 
 WRONG = {
@@ -174,7 +410,7 @@ WRONG = {
     "seed": (["inspect", "x", "--seed", "-1"], "a seed is 0 to"),
     "metre": (["detokenize", "x", "--out", "o.mid", "--time_signature", "4"], "No such file"),
     "nothing": (["inspect"], "name MIDI files"),
-    "render": (["render", "x.mid"], "name --wav, --roll or both"),
+    "render": (["render", "x.mid"], "name --wav, --roll or --spectrogram"),
     "server": (["generate", "x", "--out", "o", "--model", "http://127.0.0.1:9"], "--processor"),
 }
 
@@ -208,3 +444,142 @@ def test_a_prepared_set_trains(model, tmp_path):
         "--steps", 2, "--batch_size", 2, "--log_every", 1,
     )  # fmt: skip
     assert (tmp_path / "run" / "model" / "amt.json").is_file()
+
+
+def test_what_is_read_is_never_overwritten(model, midi, tmp_path, capsys):
+    home = tmp_path / "home"
+    shutil.copytree(model, home / "model")
+    (home / "midi").mkdir()
+    shutil.copy(midi, home / "midi" / "a.mid")
+    before = sorted(p.relative_to(home) for p in home.rglob("*"))
+    expand = ("expand", "--small", "--base", home / "model")
+    prepare = ("prepare", "sft", "--all", "--midi", home / "midi", "--model", home / "model")
+    for out in (home, home / "model"):
+        call(*expand, "--out", out, "--overwrite", code=2)
+        assert "will not overwrite" in capsys.readouterr().err
+    for out in (home, home / "model", home / "midi"):
+        call(*prepare, "--out", out, "--overwrite", code=2)
+        assert "will not overwrite" in capsys.readouterr().err
+    call(*prepare, "--out", home / "data", "--length", 256)
+    train = ("train", "--model", home / "model", "--data", home / "data", "--steps", 1)
+    for out in (home, home / "model", home / "data"):
+        call(*train, "--out", out, "--overwrite", code=2)
+        assert "will not overwrite" in capsys.readouterr().err
+        loaded = MidiLM.from_pretrained(home / "model", device="cpu")
+        data: Any = load_from_disk(str(home / "data"))
+        with pytest.raises(UserError, match="will not overwrite"):  # in Python as well
+            fit(loaded.model, loaded.processor, data, out, TrainConfig(steps=1), overwrite=True)
+    after = sorted(p.relative_to(home) for p in home.rglob("*") if "data" not in p.parts)
+    assert after == before
+    MidiLM.from_pretrained(home / "model", device="cpu")
+
+
+def test_a_failing_expand_leaves_the_old_folder(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "kept.txt").write_text("x")
+    call("expand", "--base", tmp_path / "none", "--out", tmp_path / "old", "--overwrite", code=2)
+    assert (tmp_path / "old" / "kept.txt").exists()
+
+
+@pytest.mark.parametrize("verb", ["generate", "infill", "continue", "serve"])
+def test_every_verb_with_a_model_takes_every_engine(verb, model, midi, tmp_path, capsys):
+    asked = {
+        "generate": ["x", "--out", tmp_path / "out"],
+        "infill": [midi, "--prompt", "x", "--start", 1, "--end", 2, "--out", tmp_path / "a.mid"],
+        "continue": [midi, "--prompt", "x", "--seconds", 1, "--out", tmp_path / "a.mid"],
+        "serve": ["--port", 0],
+    }[verb]
+    nowhere = "http://127.0.0.1:9/v1"
+    call(verb, *asked, "--model", nowhere, code=2)
+    assert "--processor" in capsys.readouterr().err
+    call(verb, *asked, "--model", nowhere, "--processor", model, code=2)
+    assert "127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_a_changed_file_keeps_its_tempo_metre_and_key(tmp_path):
+    save_model(tmp_path / "model", ANTICIPATING)
+    style = Style(tempo=90, time_signature=(3, 4), key="D minor")
+    write_midi(tune(), tmp_path / "tune.mid", style)
+    named = ("--prompt", "slow jazz", "--model", tmp_path / "model", "--max_notes", 4)
+    one, two = tmp_path / "one.mid", tmp_path / "two.mid"
+    call("continue", tmp_path / "tune.mid", "--seconds", 3, "--out", one, *named)
+    call(
+        "infill", tmp_path / "tune.mid", "--start", 2, "--end", 4, "--out", two, *named,
+        "--tempo", 100, "--time_signature", "6/8",
+    )  # fmt: skip
+    kept, said = (style_of_score(read_score(file)) for file in (one, two))
+    assert kept.tempo == pytest.approx(90)
+    assert (kept.time_signature, kept.key) == ((3, 4), "D minor")
+    assert said.tempo == pytest.approx(100)
+    assert (said.time_signature, said.key) == ((6, 8), "D minor")
+    assert len(tune()) < len(read_notes(one)) <= len(tune()) + 4
+
+
+def test_ids_come_back_on_the_grid_they_were_written_on(midi, tmp_path, capsys):
+    call("tokenize", midi, "--small", "--json", tmp_path / "ids.json")
+    call("detokenize", tmp_path / "ids.json", "--out", tmp_path / "back.mid")
+    back = read_notes(tmp_path / "back.mid")
+    assert back.onset == pytest.approx(tune().onset, abs=0.03)
+    assert len(back) == len(tune())
+    written = json.loads((tmp_path / "ids.json").read_text())
+    (tmp_path / "two.json").write_text(json.dumps({**written, "ids": written["ids"] * 2}))
+    call("detokenize", tmp_path / "two.json", "--out", tmp_path / "no.mid", code=2)
+    assert "2 windows" in capsys.readouterr().err
+    (tmp_path / "true.json").write_text("[true, 0, 1]")
+    call("detokenize", tmp_path / "true.json", "--out", tmp_path / "no.mid", code=2)
+    assert "whole numbers" in capsys.readouterr().err
+
+
+def test_the_list_of_instruments_is_written_too(tmp_path):
+    call("inspect", "--instruments", "--json", tmp_path / "all.json")
+    found = json.loads((tmp_path / "all.json").read_text())["instruments"]
+    assert len(found) == 129
+    assert found["128"] == "drums"
+
+
+def test_training_is_in_float32_whatever_the_folder_holds(model, midi, tmp_path, monkeypatch):
+    loaded = MidiLM.from_pretrained(model, device="cpu", dtype=torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "half")
+    (tmp_path / "midi").mkdir()
+    shutil.copy(midi, tmp_path / "midi" / "a.mid")
+    call(
+        "prepare", "sft", "--all", "--midi", tmp_path / "midi", "--model", model, "--out",
+        tmp_path / "data", "--length", 256,
+    )  # fmt: skip
+    seen = []
+
+    def stop(trained, *arguments, **named):
+        seen.append(trained.dtype)
+        raise UserError("seen")
+
+    monkeypatch.setattr("midi_llm.train.train", stop)
+    named = ("--data", tmp_path / "data", "--out", tmp_path / "run", "--steps", 1)
+    call("train", "--model", tmp_path / "half", *named, code=2)
+    assert seen == [torch.float32]
+
+
+def test_adapters_without_peft_are_one_line(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr("tenfold_common.optional.is_available", lambda name: name != "peft")
+    data = Dataset.from_dict({"input_ids": [[1]], "labels": [[1]], "position_ids": [[0]]})
+    data.save_to_disk(str(tmp_path / "data"))
+    named = ("--data", tmp_path / "data", "--out", tmp_path / "run", "--lora", 4)
+    call("train", "--model", model, *named, code=2)
+    assert "midi-llm[peft]" in capsys.readouterr().err
+
+
+def test_rows_of_an_amt_checkpoint(model, tmp_path, capsys):
+    grid = AMTConfig.small()
+    amt = tiny_llama(grid.size, hidden=32, layers=1, heads=2, kv_heads=2, seed=5)
+    amt.save_pretrained(tmp_path / "amt")
+    base = tiny_llama(7, hidden=32, layers=1, heads=2, kv_heads=2)
+    base.save_pretrained(tmp_path / "base")
+    word_tokenizer(["a", "b", "c"]).save_pretrained(tmp_path / "base")
+    asked = ("expand", "--small", "--base", tmp_path / "base", "--out", tmp_path / "out")
+    call(*asked, "--init", "amt", code=2)
+    assert "source" in capsys.readouterr().err
+    call(*asked, "--init", "amt", "--source", tmp_path / "amt")
+    found = MidiLM.from_pretrained(tmp_path / "out", device="cpu")
+    rows: Any = found.model.get_input_embeddings()
+    wanted: Any = amt.get_input_embeddings()
+    assert torch.equal(rows.weight[found.processor.offset :][: grid.size], wanted.weight)

@@ -765,3 +765,16 @@ def test_a_drone_does_not_hide_the_context():
     out = made.continue_(notes, seconds=2, prompt="a", max_notes=6, seed=1)
     minus(out.notes, notes)
     assert out.notes.onset[3] < 3, "it goes on from the last onset"
+
+
+def test_files_say_what_the_prompt_says():
+    one, two = singer().generate(["a waltz in 3/4 at 90 bpm in Eb minor", "a"], max_notes=3)
+    assert one.style == Style(tempo=90, time_signature=(3, 4), key="Eb minor")
+    assert two.style == Style()
+    wanted = GenerationConstraints(key="C major")
+    [three] = singer().generate("at 90 bpm in Eb minor", max_notes=3, constraints=wanted)
+    assert (three.style.key, three.style.tempo) == ("C major", 90)
+    [four] = singer().generate("at 90 bpm in G# major", max_notes=3, style=Style(tempo=70))
+    assert four.style == Style(tempo=70)
+    [five] = singer().generate("at 90 bpm in G# major", max_notes=3)
+    assert (five.style.key, five.style.tempo) == (None, 90)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from midi_llm.attributes import analyze
 from midi_llm.captions import Request, describe
+from midi_llm.decode import MidiOutput
 from midi_llm.evaluation import EvaluationReport, Score, evaluate
 from midi_llm.metrics import (
     CONTROL,
@@ -20,25 +21,31 @@ from midi_llm.metrics import (
     distribution_scores,
     duration_histogram,
     frechet_distance,
+    grammar_errors,
     in_key_ratio,
     instrument_scores,
     interval_histogram,
     key_match,
     kl_divergence,
     mel_embedding,
+    most_at_once,
     notes_of,
     overlapped_area,
     pitch_class_entropy,
     real_time_factor,
+    self_similarity,
     tempo_error,
     tempo_match,
 )
 from midi_llm.midi_write import Style, to_score, write_midi
 from midi_llm.notes import Notes, empty_notes
-from midi_llm.vocab import DRUMS
+from midi_llm.tokenizer import AMTTokenizer
+from midi_llm.vocab import DRUMS, AMTConfig
 from tenfold_common.errors import MissingDependencyError, UserError
 
 RATE = 16_000
+SMALL = AMTConfig.small()  # onsets from 0, durations from 400, notes from 480
+REST, END = 2656, 2657
 
 
 def pulse(tempo=120, n=64, *, instrument=0, pitches=(60, 64, 67, 65)) -> Notes:
@@ -220,6 +227,54 @@ def test_outputs_of_all_kinds_are_read(tmp_path):
         assert (notes_of(output).pitch == notes.pitch).all()
     with pytest.raises(UserError, match="an output must be"):
         notes_of(3)
+
+
+def test_self_similarity_by_hand():
+    # Windows of 2 s: C, C, nothing, G; the cosines of the three pairs are 1, 0, 0.
+    notes = Notes.of([0, 2, 7.9], 0.1, 0, [60, 72, 67])
+    assert self_similarity(notes) == pytest.approx(1 / 3)
+    # {C, E} against {C, C}: one over the root of two. Drums do not count.
+    notes = Notes.of([0, 1, 2, 3, 5], 0.1, [0, 0, 0, 0, DRUMS], [60, 64, 60, 60, 38])
+    assert self_similarity(notes) == pytest.approx(0.5**0.5)
+    assert np.isnan([self_similarity(notes, window=10), self_similarity(empty_notes())]).all()
+    with pytest.raises(UserError, match="window must be over 0"):
+        self_similarity(notes, window=0)
+
+
+def test_most_at_once_by_hand():
+    notes = Notes.of([0, 0, 0.004, 0.5], 0.1, 0, [60, 64, 67, 60])
+    assert most_at_once(notes) == 3
+    assert most_at_once(notes, resolution=1000) == 2
+    assert most_at_once(empty_notes()) == 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "errors", "read"),
+    [
+        ([], 0, 0),
+        ([0, 404, 540, 5, 402, 541, 5, 402, 542, END], 0, 10),
+        ([0, 404, 540, END, 540, 540], 0, 4),  # what is behind the end does not count
+        ([9, 404, 540, 5, 404, 540, 7, 404, 540], 1, 9),  # times fall once
+        ([0, 404, 540, 404, 540, 9, 404, 540], 2, 8),  # an onset is missing
+        ([0, 540, 9, 404, 540], 1, 5),  # a duration is missing
+        ([0, 404, 9, 404, 540], 1, 5),  # a note is missing
+        ([9, 400, REST, 19, 404, REST], 1, 6),  # a rest that lasts
+        ([9, 400, 540], 1, 3),  # a note that does not
+        ([9, 404, 540, 9, 404, 540], 1, 6),  # a note twice
+        ([540, 540, 540], 3, 3),
+        ([0, END, 0], 1, 2),
+        ([99_999, -1], 2, 2),
+    ],
+)
+def test_grammar_errors_by_hand(ids, errors, read):
+    assert grammar_errors(ids, SMALL) == (errors, read)
+    assert grammar_errors(np.array(ids, np.int64), SMALL) == (errors, read)
+
+
+def test_ids_of_the_tokenizer_have_no_errors_on_their_own_grid():
+    ids = AMTTokenizer(SMALL).encode(pulse(n=30)).ids
+    assert grammar_errors(ids, SMALL) == (0, 90)
+    assert grammar_errors(ids, AMTConfig())[0] > 0
 
 
 # Distributions
@@ -430,7 +485,7 @@ def pieces() -> list[Notes]:
 def test_what_was_asked_for_scores_one_and_shuffled_less():
     outputs = pieces()
     asked = [describe(analyze(n), style="plain") for n in outputs]
-    report = evaluate(outputs, asked, real=outputs, resamples=200)
+    report = evaluate(outputs, asked, references=outputs, resamples=200)
     for name in ("instrument_f1", "TB", "TBT", "CK", "CKD", "in_key"):
         score = report.scores[name]
         assert score.value == score.low == score.high == score.real == 1
@@ -462,6 +517,72 @@ def test_reports_repeat_themselves_and_survive_json(tmp_path):
     assert read.scores["RTF"].value == pytest.approx(seconds / 2)
     assert read.scores["interval_oa"].value == pytest.approx(1)
     assert read.scores["CR"].real == pytest.approx(read.scores["CR"].value)
+
+
+def test_references_pair_with_requests_and_the_pool_does_not():
+    piano, violin = pulse(), pulse(instrument=40, n=16)
+    pool = [pulse(n=8), violin, piano]
+    named = {"metrics": ["control", "compression"], "resamples": 10}
+    asked = ["piano", "violin"]
+
+    def reached(**real) -> list[float]:
+        scores = evaluate([violin, piano], asked, **named, **real).scores
+        assert scores["instrument_exact"].value == 0
+        return [scores[name].real for name in ("instrument_exact", "CR")]
+
+    mean, own = (np.mean([compression_ratio(n) for n in some]) for some in (pool, pool[1:]))
+    assert mean != pytest.approx(own)
+    assert reached(references=[piano, violin], real=pool) == pytest.approx([1, mean])
+    assert reached(references=[violin, piano], real=pool[::-1]) == pytest.approx([0, mean])
+    assert reached(references=[piano, violin]) == pytest.approx([1, own])
+    assert reached(real=pool) == pytest.approx([np.nan, mean], nan_ok=True)
+    report = evaluate(
+        [piano, violin], asked, metrics=["distribution"], references=[piano, violin], real=pool[:1]
+    )
+    assert report.scores["duration_oa"].value == 1  # all are of half a second
+    assert report.scores["pitch_class_oa"].value == 1
+    assert (report.settings["references"], report.settings["real"]) == (2, 1)
+
+
+def test_validity_of_outputs():
+    wrong = MidiOutput("a", pulse(n=2), (9, 404, 540, 5, 404, 540), "length")
+    right = MidiOutput("b", empty_notes(), (0, 404, 540, 5, 402, 541, END), "stop")
+    chord = Notes.of([0, 0, 0], 1.0, 0, [60, 64, 67])
+    report = evaluate(
+        [wrong, right, chord], ["a", "b", "c"], metrics=["validity"], amt=SMALL,
+        real=[chord, chord, pulse(), empty_notes()],
+    )  # fmt: skip
+    assert list(report.scores) == ["grammar_errors", "empty", "most_at_once"]
+    errors = report.scores["grammar_errors"]
+    assert errors.value == pytest.approx(1000 / 13)
+    assert (errors.low, errors.high, errors.n) == (0, pytest.approx(1000 / 6), 2)
+    assert [report.scores["empty"].value, report.scores["empty"].real] == [1 / 3, 1 / 4]
+    most = report.scores["most_at_once"]
+    assert [most.value, most.real] == pytest.approx([(1 + 0 + 3) / 3, (3 + 3 + 1 + 0) / 4])
+    bare = evaluate(
+        [chord], ["a"], metrics=["validity", "control"], references=[chord], real=[empty_notes()]
+    )
+    assert "grammar_errors" not in bare.scores
+    assert "not counted, as no output has ids" in bare.table()
+    assert bare.scores["empty"].real == 0  # that of control
+    assert bare.scores["most_at_once"].real == 0  # that of the pool
+
+
+def test_self_similarity_stands_beside_that_of_the_pool():
+    same, other = Notes.of([0, 2], 1.0, 0, [60, 60]), Notes.of([0, 2], 1.0, 0, [60, 61])
+    score = evaluate(
+        [same, other, pulse(n=1)], ["a"] * 3, metrics=["self_similarity"], real=[other]
+    ).scores["self_similarity"]
+    assert (score.value, score.n, score.real) == (0.5, 2, 0)
+
+
+def test_the_real_time_factor_of_all_or_of_each():
+    outputs = [pulse(), pulse(n=32)]  # 32 and 16 s
+    whole = evaluate(outputs, ["a", "b"], metrics=["rtf"], wall_seconds=12.0).scores["RTF"]
+    assert (whole.value, whole.n) == (pytest.approx(4), 2)
+    assert np.isnan(whole.low)
+    each = evaluate(outputs, ["a", "b"], metrics=["rtf"], wall_seconds=[2.0, 6.0]).scores["RTF"]
+    assert [each.value, each.low, each.high] == pytest.approx([48 / 8, 16 / 6, 32 / 2])
 
 
 def test_the_interval_is_that_of_a_bootstrap_over_prompts():
@@ -518,12 +639,21 @@ def test_fad_and_clap_of_outputs():
     )
     assert list(own.scores) == ["FAD (loudness)"]
 
+    # The distance of two levels, 1 and 3 or 1 and 5 in the mean, all of variance 0.
+    one, three, five = ((np.full(9, level), RATE) for level in (1.0, 3.0, 5.0))
+    named = {"metrics": ["fad"], "audio": [one] * 2, "embedder": loudness}
+    named["reference_audio"] = [three] * 2
+    paired = evaluate([pulse()] * 2, ["a", "b"], **named)
+    assert paired.scores["FAD (loudness)"].value == pytest.approx(4)
+    pooled = evaluate([pulse()] * 2, ["a", "b"], real_audio=[five] * 5, **named)
+    assert pooled.scores["FAD (loudness)"].value == pytest.approx(16)
+
 
 def test_clap_of_outputs_stands_beside_that_of_other_prompts_and_of_real_music():
     one, three = (np.full(RATE, 1.0), RATE), (np.full(RATE, 3.0), RATE)
     score = evaluate(
         [pulse(), pulse()], ["a", "aaa"], metrics=["clap"], audio=[one, three],
-        real_audio=[three, one], clap_model=FakeClap(),
+        reference_audio=[three, one], real_audio=[one] * 5, clap_model=FakeClap(),
     ).scores["CLAP"]  # fmt: skip
     assert score.value == pytest.approx(100)
     assert [score.shuffled, score.real] == pytest.approx([400 / np.sqrt(2 * 10)] * 2)
@@ -546,7 +676,12 @@ def test_clap_of_outputs_stands_beside_that_of_other_prompts_and_of_real_music()
         ({"metrics": ["clap"]}, "needs audio"),
         ({"metrics": ["clap"], "requested": [Request()]}, "needs captions"),
         ({"metrics": ["rtf"]}, "needs wall_seconds"),
-        ({"real": []}, "0 real pieces but 1 outputs"),
+        ({"metrics": ["rtf"], "wall_seconds": 0}, "needs wall_seconds over 0"),
+        ({"metrics": ["rtf"], "wall_seconds": [1.0, 1.0]}, "a list with one for each"),
+        ({"metrics": ["rtf"], "wall_seconds": "soon"}, "not 'soon'"),
+        ({"references": []}, "references has 0 entries, but there are 1 outputs"),
+        ({"reference_audio": [(np.zeros(9), RATE)] * 2}, "reference_audio has 2 entries"),
+        ({"real": "folder"}, "real must be a list, not str"),
         ({"resamples": 1}, "resamples must be"),
     ],
 )
@@ -585,7 +720,7 @@ def test_tables_show_what_is_undefined_as_a_dash():
 def test_real_tunes_follow_their_own_captions_and_not_those_of_others(data_folder):
     paths = sorted((data_folder / "nottingham" / "MIDI").glob("*.mid"))[::20]
     captions = [describe(analyze(p), seed=i) for i, p in enumerate(paths)]
-    report = evaluate(paths, captions, real=paths, resamples=200)
+    report = evaluate(paths, captions, references=paths, resamples=200)
     for name in ("TB", "CK", "density_bin", "duration_bin"):
         assert report.scores[name].value == report.scores[name].real > 0.95
         assert report.scores[name].shuffled < 0.8

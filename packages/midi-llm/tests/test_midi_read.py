@@ -380,3 +380,39 @@ def test_a_score_without_a_resolution_is_refused():
 def test_what_is_no_score(other):
     with pytest.raises(UserError):
         notes_of_score(other)
+
+
+def test_a_score_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "odd.mid").write_bytes(b"MThd\0\0")
+    with pytest.raises(UserError, match=r"odd\.mid"):
+        read_score(tmp_path / "odd.mid")
+
+
+@pytest.mark.parametrize("source", [3, None, ["a.mid"]])
+def test_what_is_no_source_is_one_line(source):
+    with pytest.raises(UserError, match="a file or its bytes"):
+        read_notes(source)
+
+
+def test_odd_messages_are_counted_over_all_tracks(monkeypatch):
+    monkeypatch.setattr("midi_llm.midi_read.MAX_ODD", 30)
+    text = b"\0\xff\x01\x01x"
+    track = text * 20 + b"\0\xff\x2f\0"
+    chunk = b"MTrk" + len(track).to_bytes(4, "big") + track
+    head = b"MThd\0\0\0\6\0\1"
+    assert len(read_notes(head + b"\0\1\0\x60" + chunk)) == 0
+    with pytest.raises(UserError, match="messages that are neither"):
+        read_notes(head + b"\0\2\0\x60" + chunk * 2)
+
+
+def test_files_are_read_in_batches_of_some_number(monkeypatch):
+    monkeypatch.setattr("midi_llm.midi_read.BATCH_FILES", 2)
+    taken = []
+
+    def sources():
+        for _ in range(4):
+            taken.append(1)
+            yield b"MThd"
+
+    next(iter(read_many(sources())))
+    assert len(taken) == 2

@@ -1,6 +1,7 @@
 """Music rows behind text rows, prompts to the id, and folders of the public checkpoint."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -380,6 +381,20 @@ def test_convert_makes_a_folder_that_loads(tmp_path):
     assert len(piece.ids) in (4, 7, 9)
     with pytest.raises(UserError, match="already"):
         expand_vocabulary(made.model, FULL)
+
+
+def test_convert_reads_a_hubs_cache(tmp_path):
+    """There files are links to blobs, by paths that hold only there."""
+    model = public(tmp_path / "blobs")
+    snapshot = tmp_path / "models" / "snapshots"
+    snapshot.mkdir(parents=True)
+    for file in (tmp_path / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    out = convert(snapshot, tmp_path / "a" / "b" / "out")
+    assert not any(file.is_symlink() for file in out.iterdir())
+    shutil.rmtree(tmp_path / "models")
+    made = MidiLM.from_pretrained(out, device="cpu")
+    assert torch.equal(tables(made.model)[0], tables(model)[0])
 
 
 @pytest.mark.parametrize("rows", [259 + 55028, 259 + 55029, 259 + 55031, 259])

@@ -21,8 +21,8 @@ NAMES = {
     "AMTConfig", "AMTTokenizer", "EvaluationReport", "GenerationConstraints", "MidiDataCollator",
     "MidiLM", "MidiOutput", "MusicAttributes", "Notes", "Request", "ServerMidiLM", "Style",
     "TextMidiProcessor", "VLLMMidiLM", "__version__", "analyze", "convert", "describe", "evaluate",
-    "expand_vocabulary", "parse_caption", "piano_roll", "prepare_cpt", "prepare_sft", "read_many", "read_notes",
-    "read_score", "spectrogram", "to_score", "to_wav", "write_midi",
+    "expand_vocabulary", "parse_caption", "piano_roll", "prepare_cpt", "prepare_sft", "read_many",
+    "read_notes", "read_score", "spectrogram", "to_score", "to_wav", "write_midi",
 }  # fmt: skip
 HEAVY = (
     "torch", "transformers", "numpy", "scipy", "miditok", "symusic", "mido", "datasets", "peft",
@@ -63,7 +63,7 @@ def test_no_public_name_is_also_a_module():
 
 def test_signatures():
     assert positional(midi_llm.MidiLM.generate) == ["self", "prompts"]
-    assert {"n": 1, "temperature": 1.0, "top_p": 0.98, "max_notes": 682, "seed": 0}.items() <= (
+    assert {"n": 1, "temperature": 1.0, "top_p": 0.98, "max_notes": None, "seed": 0}.items() <= (
         defaults(midi_llm.MidiLM.generate).items()
     )
     assert positional(midi_llm.expand_vocabulary) == ["model", "amt"]

@@ -389,7 +389,11 @@ def test_a_spectrogram_of_samples_or_of_a_file(tmp_path: Path) -> None:
     samples, rate = render.read_wav(wav)
     again = render.spectrogram(np.stack([samples, samples], 1), rate)
     for one in (figure, again):
-        assert one.axes[0].get_xlim()[1] == pytest.approx(len(samples) / rate)
+        axes, scale = one.axes
+        assert axes.get_xlim()[1] == pytest.approx(len(samples) / rate)
+        assert axes.get_xlabel() == "time, s"
+        assert axes.get_ylabel() == "frequency, Hz (mel scale)"
+        assert scale.get_ylabel() == "dB below the loudest"
     for wrong, rate_ in ((samples, None), (np.zeros(0), 8000), (np.zeros((2, 2, 2)), 8000)):
         with pytest.raises(UserError):
             render.spectrogram(wrong, rate_)

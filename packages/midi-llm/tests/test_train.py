@@ -6,22 +6,32 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import load_from_disk
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
-from midi_llm.data import prepare_sft
+from midi_llm.data import MidiDataCollator, prepare_sft
 from midi_llm.decode import MidiLM
 from midi_llm.modeling import TextMidiProcessor, expand_vocabulary
 from midi_llm.notes import Notes
-from midi_llm.train import TrainConfig, lora_config, parameter_groups, train
+from midi_llm.train import TrainConfig, lora_config, make_trainer, parameter_groups, train
 from midi_llm.vocab import AMTConfig
 from tenfold_common.errors import UserError
 from tenfold_common.tiny import tiny_llama, word_tokenizer
 
 SMALL = AMTConfig.small()
+FIELDS = (
+    "output_dir", "max_steps", "learning_rate", "per_device_train_batch_size", "weight_decay",
+    "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "logging_steps",
+    "use_cpu", "seed", "data_seed", "report_to", "remove_unused_columns", "disable_tqdm",
+    "average_tokens_across_devices",
+)  # fmt: skip
 
 
 def tune(seed, count=12):
@@ -115,6 +125,39 @@ def test_two_processes_equal_one(start, whole, tmp_path):
     one, both = weights(whole), weights(tmp_path / "two")
     for name, weight in one.items():
         assert torch.allclose(weight, both[name], atol=2e-5), name
+
+
+def test_the_sft_trainer_of_trl_learns_from_the_same_rows(start, tmp_path):
+    """Losses equal those of our Trainer: samples are kept apart there too, prompts masked."""
+    data: Any = load_from_disk(str(start[1]))
+    settings = TrainConfig(steps=4, lr=0.01, music_lr=0.01, batch_size=2, log_every=1, warmup=0.0)
+
+    def losses(make):
+        model = MidiLM.from_pretrained(start[0], device="cpu", dtype="float32").model.train()
+        model.config.use_cache = False
+        trainer = make(model)
+        trainer.train()
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    def ours(model):
+        return make_trainer(model, data, tmp_path / "ours", settings)
+
+    def theirs(model):
+        arguments = settings.arguments(tmp_path / "theirs").to_dict()
+        options = SFTConfig(
+            **{k: v for k, v in arguments.items() if k in FIELDS and v is not None},
+            dataset_kwargs={"skip_prepare_dataset": True},
+        )
+        groups = torch.optim.AdamW(parameter_groups(model, settings), betas=(0.9, 0.95))
+        return SFTTrainer(
+            model=model, args=options, train_dataset=data, data_collator=MidiDataCollator(),
+            processing_class=AutoTokenizer.from_pretrained(start[0]),
+            optimizers=(groups, None),
+        )  # fmt: skip
+
+    one, two = losses(ours), losses(theirs)
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_learning_rates_of_embeddings_and_the_rest(start):

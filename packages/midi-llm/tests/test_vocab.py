@@ -144,7 +144,7 @@ def test_instruments_as_arrays_are_those_one_by_one(grid):
 @given(
     st.builds(
         AMTConfig,
-        resolution=st.integers(1, 200),
+        resolution=st.integers(2, 200),
         max_time=st.integers(10, 200),
         max_duration=st.integers(1, 10),
         instruments=st.sampled_from([17, 129]),
@@ -267,3 +267,9 @@ def test_unknown_instruments_get_a_suggestion(wrong, meant):
 def test_what_is_no_instrument(wrong):
     with pytest.raises(UserError):
         instrument_number(wrong)
+
+
+def test_a_grid_needs_notes_of_some_length():
+    with pytest.raises(UserError, match="notes of no length"):
+        AMTConfig(resolution=1, max_time=10, max_duration=1)
+    assert AMTConfig(resolution=2, max_time=10, max_duration=1).durations == 2

@@ -4,8 +4,9 @@ FastAPI with one page of our own rather than Gradio: the page is a single file t
 any network (no CDN, fonts or scripts from elsewhere), nothing is reported to anybody, the server
 brings a few dependencies instead of dozens, and every endpoint is tested like any function.
 
-One piece is written at a time, in a thread of its own; a few more wait, others are turned away.
-Only this machine is served unless another address is asked for.
+One piece is written at a time, in a thread of its own; a few more wait, others are turned away. A
+piece that nobody waits for any more, since the browser went away, stops at its next note. Only this
+machine is served unless another address is asked for.
 """
 
 import asyncio
@@ -24,20 +25,30 @@ import warnings
 import weakref
 from base64 import b64encode
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    MutableMapping,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from threading import Event, Lock
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
+
+import numpy as np
 
 from midi_llm._version import __version__
-from midi_llm.decode import MidiOutput, Sampling
+from midi_llm.captions import style_of_prompt
+from midi_llm.decode import DEFAULT_NOTES, MidiOutput, OnNote, Sampling
 from midi_llm.grammar import GenerationConstraints
 from midi_llm.midi_read import read_notes, read_score
-from midi_llm.midi_write import Style
-from midi_llm.notes import Notes
+from midi_llm.midi_write import Style, style_of_score
+from midi_llm.notes import Note, Notes
 from midi_llm.render import (
     MAX_AUDIO,
     choose_engine,
@@ -50,16 +61,20 @@ from tenfold_common.errors import UserError, suggest
 from tenfold_common.optional import require
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from fastapi import FastAPI, Request
 
-    from midi_llm.decode import MidiLM
+    from midi_llm.captions import style_of_prompt
+from midi_llm.decode import Composer
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 MAX_TAKES_AT_ONCE = 4
 MAX_PROMPT = 4000  # characters
 MAX_SECONDS = 120  # of one continuation
 MAX_UPLOADED_NOTES = 20_000
+_DRAWN, _RENDERED = 16, 16  # that wait at most: uploads and pictures, and sounds
+_TONE = 10  # seconds of a preview's tone; endless ones of an upload would keep it busy for hours
 _BODY = 64 * 1024  # bytes of a request that is no upload
+_CLOSING = "the server is shutting down"
 _PATIENCE = 30  # seconds that a request's body may take to come
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -151,6 +166,67 @@ class Refused(Exception):
 # The takes and the worker
 
 
+class Line:
+    """A thread that does one job at a time; a few more wait, others are turned away.
+
+    Args:
+        name: Of the thread.
+        waiting: Jobs that wait at most, beside the one at work.
+    """
+
+    def __init__(self, name: str, waiting: int) -> None:
+        self.waiting, self.pending, self.closed = waiting, 0, False
+        self._last = 5.0  # seconds of the last job
+        self._lock = Lock()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"midi-llm-{name}")
+
+    def close(self) -> None:
+        """Drop what waits, and take nothing more."""
+        self.closed = True
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def run(self, job: Callable[[], T]) -> T:
+        """Run a job when its turn comes; cancelled before, it leaves the line.
+
+        Raises:
+            Refused: too many wait already, or the line is closed.
+        """
+        with self._lock:
+            if self.pending > self.waiting:
+                seconds = min(600, max(1, math.ceil(self._last * self.pending)))
+                raise Refused(
+                    503, f"{self.pending} requests are waiting already; try again in {seconds} s",
+                    {"Retry-After": str(seconds)},
+                )  # fmt: skip
+            self.pending += 1
+
+        def timed() -> T:
+            start = time.monotonic()
+            try:
+                return job()
+            finally:
+                self._last = time.monotonic() - start
+
+        try:
+            future = self._thread.submit(timed)
+        except RuntimeError:
+            self._leave(None)
+            raise Refused(503, _CLOSING) from None
+        # Where nobody waits any more the job may still run, so it is the job that leaves.
+        future.add_done_callback(self._leave)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            if self.closed:
+                raise Refused(503, _CLOSING) from None
+            raise
+
+    def _leave(self, future: "Future | None") -> None:
+        del future
+        with self._lock:
+            self.pending -= 1
+
+
 @dataclass(frozen=True, eq=False)
 class Take:
     """A piece that the page shows."""
@@ -172,11 +248,14 @@ class Studio:
         max_takes: Takes that are kept; the oldest goes first.
         render: Whether takes become sound.
         soundfont: As of `find_soundfont`.
+
+    Attributes:
+        notes: How many the piece at work has so far.
     """
 
     def __init__(
         self,
-        lm: "MidiLM",
+        lm: "Composer",
         *,
         max_queue: int,
         max_notes: int,
@@ -201,61 +280,56 @@ class Studio:
         self._clean = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         self._takes: OrderedDict[str, Take] = OrderedDict()
         self._lock = Lock()
-        self._pending, self._last = 0, 5.0
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="midi-llm-compose")
-        self._renderer = ThreadPoolExecutor(1, thread_name_prefix="midi-llm-render")
+        self.notes = 0
+        self._composer = Line("compose", max_queue)
+        self._drawer, self._renderer = Line("draw", _DRAWN), Line("render", _RENDERED)
+
+    def stop(self) -> None:
+        """Drop what waits; the piece at work ends at its next note."""
+        for line in (self._composer, self._drawer, self._renderer):
+            line.close()
 
     def close(self) -> None:
-        """Drop what waits, and delete the files of takes."""
-        self._worker.shutdown(wait=False, cancel_futures=True)
-        self._renderer.shutdown(wait=False, cancel_futures=True)
+        """Stop, and delete the files of takes."""
+        self.stop()
         self._clean()
 
     @property
     def pending(self) -> int:
-        """How many requests are at work or wait."""
-        return self._pending
+        """How many pieces are at work or wait."""
+        return self._composer.pending
 
     @property
     def infills(self) -> bool:
         """Whether the model's grid has controls."""
         return self.lm.processor.amt.anticipation
 
-    async def work(self, job: Callable[[], T]) -> T:
-        """Run a job when its turn comes.
+    async def work(self, job: Callable[[OnNote], T]) -> T:
+        """Run a job when its turn comes; cancelled, it ends at its next note.
+
+        Args:
+            job: Called with what is to be told of every note.
 
         Raises:
-            Refused: too many wait already.
+            Refused: too many wait already, or the server is shutting down.
         """
-        with self._lock:
-            if self._pending > self.max_queue:
-                seconds = min(600, max(1, math.ceil(self._last * self._pending)))
-                raise Refused(
-                    503, f"{self._pending} requests are waiting already; try again in {seconds} s",
-                    {"Retry-After": str(seconds)},
-                )  # fmt: skip
-            self._pending += 1
+        unwanted = Event()
 
-        def timed() -> T:
-            start = time.monotonic()
-            try:
-                return job()
-            finally:
-                self._last = time.monotonic() - start
+        def on_note(piece: int, note: Note) -> None:
+            del piece, note
+            if unwanted.is_set() or self._composer.closed:
+                raise Refused(503, _CLOSING)  # in the first case nobody hears it
+            self.notes += 1
+
+        def begin() -> T:
+            self.notes = 0
+            return job(on_note)
 
         try:
-            future = self._worker.submit(timed)
-        except RuntimeError:
-            self._leave(None)
-            raise Refused(503, "the server is shutting down") from None
-        # Where the browser goes away the job may still run, so it is the job that leaves.
-        future.add_done_callback(self._leave)
-        return await asyncio.wrap_future(future)
-
-    def _leave(self, future: "Future | None") -> None:
-        del future
-        with self._lock:
-            self._pending -= 1
+            return await self._composer.run(begin)
+        except asyncio.CancelledError:
+            unwanted.set()
+            raise
 
     def add(self, prompt: str, notes: Notes, finish_reason: str, style: Style) -> Take:
         """Keep a piece, written as a file already, and drop the oldest if there are too many."""
@@ -287,33 +361,43 @@ class Studio:
         for kind in ("mid", "wav"):
             self.path(take, kind).unlink(missing_ok=True)
 
-    async def sound(self, id: str) -> Path:
-        """Return the WAV file of a take, made when it is first asked for."""
+    async def sound(self, id: str) -> Take:
+        """Return a take that has a WAV file, made when it is first asked for."""
         take = self.take(id)
         if self.engine == "none":
             raise Refused(404, "this server was started without sound")
         path = self.path(take, "wav")
 
         def make() -> None:
+            self.take(id)
             if path.exists():
                 return
-            self.take(id)
-            engine: Any = self.engine
+            notes, engine = take.notes, cast("Any", self.engine)
+            if engine == "preview":
+                onset, duration, *others = notes.columns
+                notes = Notes(onset, np.minimum(duration, _TONE), *others)
             to_wav(
-                MidiOutput("", take.notes, (), "", take.style), path, engine=engine,
+                MidiOutput("", notes, (), "", take.style), path, engine=engine,
                 soundfont=self.soundfont, normalize=-3,
             )  # fmt: skip
 
         try:
-            await asyncio.wrap_future(self._renderer.submit(make))
-            self.take(id)
-        except Refused:
-            self._delete(take)  # it was dropped while it was made
-            raise
+            await self._renderer.run(make)
         except UserError as error:
+            self.take(id)
             logger.warning("take %s has no sound: %s", id, error)
             raise Refused(500, f"this take has no sound: {error}") from error
-        return path
+        finally:
+            if id not in self._takes:
+                self._delete(take)  # it was dropped while it was made
+        return take
+
+    async def picture(self, id: str) -> str:
+        """Return the piano roll of a take as SVG."""
+        take = self.take(id)
+        drawn = await self._drawer.run(lambda: piano_roll_svg(take.notes, style=take.style))
+        self.take(id)
+        return drawn
 
     # Music
 
@@ -330,16 +414,15 @@ class Studio:
             raise UserError(f"max_notes must be 1 to {self.max_notes}, not {wish.max_notes}")
         constraints = wish.constraints(end_time=wish.seconds, min_notes=wish.min_notes)
 
-        def job() -> dict[str, Any]:
+        def job(on_note: OnNote) -> dict[str, Any]:
             found, remarks = _with_remarks(
                 lambda: self.lm.generate(
                     [wish.prompt], n=wish.n, temperature=wish.temperature, top_p=wish.top_p,
                     max_notes=wish.max_notes or self.max_notes, constraints=constraints,
-                    style=wish.style(Style()), seed=wish.seed,
-                )
+                    style=wish.style(style_of_prompt(wish.prompt)), seed=wish.seed, on_note=on_note,
+                ),
+                limited=wish.max_notes is not None,
             )  # fmt: skip
-            if wish.max_notes is None:  # our own limit, which nobody asked about
-                remarks = [one for one in remarks if not one.startswith("max_notes")]
             return self._answer(found, wish.prompt, remarks)
 
         return await self.work(job)
@@ -359,12 +442,12 @@ class Studio:
                 f"longer than {MAX_AUDIO - 10} s"
             )
 
-        def job() -> dict[str, Any]:
+        def job(on_note: OnNote) -> dict[str, Any]:
             found, remarks = _with_remarks(
                 lambda: self.lm.continue_(
                     old.notes, seconds=wish.seconds, prompt=prompt, temperature=wish.temperature,
-                    top_p=wish.top_p, constraints=constraints, style=wish.style(old.style),
-                    seed=wish.seed,
+                    top_p=wish.top_p, max_notes=self.max_notes, constraints=constraints,
+                    style=wish.style(old.style), seed=wish.seed, on_note=on_note,
                 )
             )  # fmt: skip
             if len(found.notes) == len(old.notes):
@@ -381,28 +464,35 @@ class Studio:
         if not self.infills:
             raise UserError("this model cannot rewrite a span: its grid has no controls")
 
-        def job() -> dict[str, Any]:
+        def job(on_note: OnNote) -> dict[str, Any]:
             found, remarks = _with_remarks(
                 lambda: self.lm.infill(
                     old.notes, start=wish.start, end=wish.end, prompt=prompt,
                     keep_instruments=wish.keep_instruments, temperature=wish.temperature,
-                    top_p=wish.top_p, constraints=constraints, style=wish.style(old.style),
-                    seed=wish.seed,
+                    top_p=wish.top_p, max_notes=self.max_notes, constraints=constraints,
+                    style=wish.style(old.style), seed=wish.seed, on_note=on_note,
                 )
             )  # fmt: skip
             return self._answer([found], prompt, remarks)
 
         return await self.work(job)
 
-    def upload(self, data: bytes, name: str) -> dict[str, Any]:
+    async def upload(self, data: bytes, name: str) -> dict[str, Any]:
         """Make a take of a MIDI file."""
+        return await self._drawer.run(lambda: self._uploaded(data, name))
+
+    def _uploaded(self, data: bytes, name: str) -> dict[str, Any]:
         name = "".join(c for c in name if c.isprintable())[:100] or "a MIDI file"
-        notes = read_notes(data, max_notes=MAX_UPLOADED_NOTES)
+        try:
+            notes = read_notes(data, max_notes=MAX_UPLOADED_NOTES)
+            style = style_of_score(read_score(data))
+        except UserError as error:
+            raise UserError(str(error).replace("these bytes", name, 1)) from error
         if not len(notes):
             raise UserError(f"{name} has no notes")
         if notes.end > MAX_AUDIO:
             raise UserError(f"{name} lasts {notes.end:.0f} s; at most {MAX_AUDIO} s are accepted")
-        take = self.add(name, notes, "upload", _style_of(data))
+        take = self.add(name, notes, "upload", style)
         return {"takes": [self.describe(take)], "remarks": []}
 
     def _begin(self, id: str, prompt: str | None) -> tuple[Take, str]:
@@ -446,29 +536,16 @@ def _check_prompt(prompt: str) -> None:
         raise UserError(f"the prompt has {len(prompt)} characters; at most {MAX_PROMPT} are read")
 
 
-def _with_remarks(job: Callable[[], T]) -> tuple[T, list[str]]:
-    """Run a job and return what it warned of beside its result; for the one worker only."""
+def _with_remarks(job: Callable[[], T], *, limited: bool = False) -> tuple[T, list[str]]:
+    """Run a job and return what it warned of beside its result; for the one composer only.
+
+    `limited`: whether max_notes was wished for; of our own limit nobody asked.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = job()
-    return result, [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
-
-
-def _style_of(data: bytes) -> Style:
-    """Return tempo and metre with which a file begins."""
-    score = read_score(data)
-    style = Style()
-    try:
-        if len(score.tempos):
-            style = Style(tempo=score.tempos[0].qpm)
-        if len(score.time_signatures):
-            metre = score.time_signatures[0]
-            style = Style(
-                tempo=style.tempo, time_signature=(int(metre.numerator), int(metre.denominator))
-            )
-    except UserError:  # a file may say anything; none of it moves a note
-        pass
-    return style
+    remarks = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+    return result, [one for one in remarks if limited or not one.startswith("max_notes")]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -504,8 +581,12 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        begun = False
+
         async def guarded(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
+                begun = True
                 message["headers"] = [*message.get("headers", []), *self.headers]
             await send(message)
 
@@ -517,7 +598,12 @@ class Guard:
         except Refused as refused:
             await _refuse(refused, guarded)
             return
-        await self.app(scope, receive, guarded)
+        try:
+            await self.app(scope, receive, guarded)
+        except Exception as error:
+            if not begun:
+                await _refuse(_failure(error), guarded)
+            raise  # into the log
 
     def _check(self, scope: Message, headers: dict[bytes, str]) -> None:
         host = headers.get(b"host", "").lower()
@@ -568,6 +654,13 @@ class Guard:
         return again
 
 
+def _failure(error: Exception) -> Refused:
+    """Return what is told of an error that nothing expected."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return Refused(503, "out of memory; ask for fewer takes, or shorter ones")
+    return Refused(500, "the server failed; its log says why")
+
+
 async def _refuse(refused: Refused, send: Send) -> None:
     body = json.dumps({"error": str(refused)}).encode()
     headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
@@ -594,20 +687,21 @@ def page() -> tuple[str, str]:
 
 
 def make_app(
-    lm: "MidiLM",
+    lm: "Composer",
     *,
     max_queue: int = 4,
-    max_notes: int = 682,
+    max_notes: int = DEFAULT_NOTES,
     max_upload: int = 1 << 20,
     render: bool = True,
     max_takes: int = 32,
     hosts: "Sequence[str] | None" = LOOPBACK,
     soundfont: "str | Path | None" = None,
+    seed: int | None = None,
 ) -> "FastAPI":
     """Make the web application of a model.
 
     Args:
-        lm: The model, a `MidiLM` or what has its `generate`, `continue_`, `infill`, `processor`.
+        lm: The model, on any engine.
         max_queue: Requests that wait at most, beside the one at work; more get status 503.
         max_notes: Events of a piece at most.
         max_upload: Bytes of a MIDI file at most; larger ones get status 413.
@@ -616,16 +710,16 @@ def make_app(
         hosts: Names by which browsers may call the server. Defaults to those of this machine,
             against pages that point a name of theirs here; None is any name.
         soundfont: As of `find_soundfont`.
+        seed: That the page begins with. None for a new one with every request.
 
     Raises:
-        UserError: a number is out of range.
+        UserError: a number is out of range, or the soundfont is not there.
         MissingDependencyError: FastAPI is not installed.
     """
     require("fastapi", extra="serve", package="midi-llm", purpose="the web page")
     from contextlib import asynccontextmanager
 
     from fastapi import FastAPI, Request
-    from fastapi.concurrency import run_in_threadpool
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
     from starlette.exceptions import HTTPException
@@ -675,13 +769,6 @@ def make_app(
         line = f"{request.method} {request.url.path[:80]}: {error.detail}"
         return failed(error.status_code, line, error.headers)
 
-    @app.exception_handler(Exception)
-    async def _(request: Request, error: Exception) -> Response:
-        del request
-        if type(error).__name__ == "OutOfMemoryError":
-            return failed(503, "out of memory; ask for fewer takes, or shorter ones")
-        return failed(500, "the server failed; its log says why")
-
     @app.get("/", response_class=HTMLResponse)
     async def _() -> Response:
         return HTMLResponse(text, headers={"Cache-Control": "no-cache"})
@@ -692,44 +779,67 @@ def make_app(
             "status": "ok", "version": __version__, "pending": studio.pending,
             "max_queue": max_queue, "max_notes": max_notes, "max_upload": max_upload,
             "max_seconds": lm.processor.amt.max_time, "infill": studio.infills,
-            "sound": studio.engine,
+            "sound": studio.engine, "notes": studio.notes, "seed": seed,
         }  # fmt: skip
 
     @app.post("/api/generate")
-    async def _(wish: GenerateWish) -> dict[str, Any]:
-        return await studio.generate(wish)
+    async def _(wish: GenerateWish, request: Request) -> dict[str, Any]:
+        return await _while_wanted(request, studio.generate(wish))
 
     @app.post("/api/continue")
-    async def _(wish: ContinueWish) -> dict[str, Any]:
-        return await studio.continue_(wish)
+    async def _(wish: ContinueWish, request: Request) -> dict[str, Any]:
+        return await _while_wanted(request, studio.continue_(wish))
 
     @app.post("/api/infill")
-    async def _(wish: InfillWish) -> dict[str, Any]:
-        return await studio.infill(wish)
+    async def _(wish: InfillWish, request: Request) -> dict[str, Any]:
+        return await _while_wanted(request, studio.infill(wish))
 
     @app.post("/api/upload")
     async def _(request: Request, name: str = "") -> dict[str, Any]:
         if request.headers.get("content-type", "").startswith("multipart/"):
             raise Refused(415, "send the file itself as the body, not as a form")
-        return await run_in_threadpool(studio.upload, await request.body(), name)
+        return await studio.upload(await request.body(), name)
+
+    def file(take: Take, kind: str, media: str, name: str | None = None) -> Response:
+        path = studio.path(take, kind)
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            studio.take(take.id)  # it was dropped meanwhile
+            raise
+        return FileResponse(path, 200, kept, media, filename=name, stat_result=found)
 
     @app.get("/api/takes/{id}.mid", response_class=FileResponse)
     async def _(id: str) -> Response:
-        take = studio.take(id)
-        name = f"midi-llm-{take.id}.mid"
-        return FileResponse(studio.path(take, "mid"), 200, kept, "audio/midi", filename=name)
+        return file(studio.take(id), "mid", "audio/midi", f"midi-llm-{id}.mid")
 
     @app.get("/api/takes/{id}.wav", response_class=FileResponse)
     async def _(id: str) -> Response:
-        return FileResponse(await studio.sound(id), 200, kept, "audio/wav")
+        return file(await studio.sound(id), "wav", "audio/wav")
 
     @app.get("/api/takes/{id}.svg", response_class=Response)
     async def _(id: str) -> Response:
-        take = studio.take(id)
-        drawn = await run_in_threadpool(piano_roll_svg, take.notes, style=take.style)
-        return Response(drawn, 200, kept, "image/svg+xml")
+        return Response(await studio.picture(id), 200, kept, "image/svg+xml")
 
     return app
+
+
+async def _while_wanted(request: "Request", answer: Coroutine[Any, Any, T]) -> T:
+    """Await an answer; where the browser goes away first, cancel it."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = asyncio.ensure_future(answer), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        raise Refused(499, "the request was given up")  # nobody hears it
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 _WISHES = {
@@ -765,19 +875,20 @@ def is_loopback(host: str) -> bool:
 
 
 def serve(
-    lm: "MidiLM",
+    lm: "Composer",
     host: str = "127.0.0.1",
     port: int = 8000,
     *,
     max_queue: int = 4,
-    max_notes: int = 682,
+    max_notes: int = DEFAULT_NOTES,
     max_upload: int = 1 << 20,
     render: bool = True,
     max_takes: int = 32,
     soundfont: "str | Path | None" = None,
+    seed: int | None = None,
     ready: "Callable[[str], None] | None" = None,
 ) -> None:
-    """Serve the page until Ctrl-C.
+    """Serve the page until Ctrl-C or SIGTERM, which end a piece at its next note.
 
     Args:
         lm: The model.
@@ -790,6 +901,7 @@ def serve(
         render: As of `make_app`.
         max_takes: As of `make_app`.
         soundfont: As of `make_app`.
+        seed: As of `make_app`.
         ready: Called with the page's address when it is about to be served.
 
     Raises:
@@ -819,11 +931,18 @@ def serve(
         app = make_app(
             lm, max_queue=max_queue, max_notes=max_notes, max_upload=max_upload, render=render,
             max_takes=max_takes, hosts=(*LOOPBACK, shown) if local else None, soundfont=soundfont,
+            seed=seed,
         )  # fmt: skip
         config = uvicorn.Config(
             app, log_level="warning", server_header=False, limit_concurrency=64,
-            timeout_keep_alive=10, timeout_graceful_shutdown=3,
+            timeout_keep_alive=10, timeout_graceful_shutdown=1,
         )  # fmt: skip
+
+        class Server(uvicorn.Server):
+            async def shutdown(self, sockets: "list[socket.socket] | None" = None) -> None:
+                app.state.studio.stop()  # else requests would be waited for
+                await super().shutdown(sockets)
+
         if ready is not None:
             ready(f"http://{shown}:{listener.getsockname()[1]}/")
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from midi_llm.midi_read import notes_of_score, read_score
+from midi_llm.midi_read import notes_of_score, read_piece
 from midi_llm.midi_write import parse_key
 from midi_llm.notes import Notes
 from midi_llm.vocab import DRUMS
@@ -177,15 +177,14 @@ def analyze(
         notes = source
     else:
         if isinstance(source, str | PathLike | bytes | bytearray | memoryview):
-            score = read_score(source)
+            notes, score = read_piece(source)
         elif hasattr(source, "tracks") and hasattr(source, "tempos"):
-            score = source
+            notes, score = notes_of_score(source), source
         else:
             raise UserError(
                 "the source must be a symusic.Score in ticks, a MIDI file or Notes, not "
                 f"{type(source).__name__}"
             )
-        notes = notes_of_score(score)
     tempo = _file_tempo(score) if score is not None and use_file_tempo and len(notes) else None
     if tempo is None:
         tempo = estimate_tempo(notes)

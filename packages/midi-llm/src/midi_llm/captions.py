@@ -6,7 +6,7 @@ caption what can be held against notes. Both work by templates and rules, withou
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -22,7 +22,7 @@ from midi_llm.attributes import (
     duration_word,
     tempo_word,
 )
-from midi_llm.midi_write import parse_key
+from midi_llm.midi_write import Style, parse_key
 from midi_llm.vocab import DRUMS, PROGRAMS, instrument_name
 from tenfold_common.errors import UserError
 
@@ -188,24 +188,29 @@ def _listed(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def caption_dropout(text: str, rng: np.random.Generator) -> str:
-    """Leave out sentences of a caption, as in the training of Text2midi.
+def caption_dropout(
+    text: str, rng: np.random.Generator, *, probability: float = 0.5, least: int = 0
+) -> str:
+    """Leave out sentences of a caption; by default as in the training of Text2midi.
 
-    With probability 0.5 a share of 20 to 50 % of the sentences goes, rounded down if there are
+    With some probability a share of 20 to 50 % of the sentences goes, rounded down if there are
     fewer than four and up otherwise, but never all of them; their order stays.
 
     Args:
         text: Sentences end with a full stop, an exclamation or a question mark and a space.
         rng: Is advanced alike whatever the text.
+        probability: That sentences go at all.
+        least: How many go then even where the share is rounded to fewer.
     """
     leave_out, share, order_seed = rng.random(), rng.uniform(0.2, 0.5), rng.integers(2**63)
     sentences = re.split(r"(?<=[.!?])\s+", text.strip())
     count = len(sentences)
     gone = int(np.floor(share * count) if count < 4 else np.ceil(share * count))
-    if leave_out >= 0.5 or gone == 0:
+    gone = min(max(gone, least), count - 1)
+    if leave_out >= probability or gone == 0:
         return text
     order = np.random.default_rng(order_seed).permutation(count)
-    return " ".join(sentences[i] for i in sorted(order[min(gone, count - 1) :].tolist()))
+    return " ".join(sentences[i] for i in sorted(order[gone:].tolist()))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -337,6 +342,28 @@ def parse_caption(text: str) -> Request:
         seconds=seconds,
         duration_word=duration_word(seconds) if seconds is not None else (words or [None])[0],
     )
+
+
+def style_of_prompt(text: str, *, key: str | None = None) -> Style:
+    """Return the tempo (if it is a number), metre and key that a prompt asks for, for files.
+
+    Args:
+        text: The prompt; see `parse_caption`.
+        key: Written in place of the prompt's.
+
+    Raises:
+        UserError: `key` is none, or one that no file can have.
+    """
+    found = parse_caption(text[:_LONGEST])
+    wished = {"tempo": found.tempo, "time_signature": found.time_signature, "key": found.key}
+    style = Style(key=key)
+    for name, value in wished.items():
+        if value is not None and not (name == "key" and key is not None):
+            try:
+                style = replace(style, **{name: value})
+            except UserError:  # a prompt may say anything; what no file can have is left out
+                continue
+    return style
 
 
 def _find_key(text: str) -> str | None:

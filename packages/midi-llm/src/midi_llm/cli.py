@@ -6,16 +6,24 @@ Nothing but the standard library is imported until a verb runs, so that help is 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from midi_llm._version import __version__
-from tenfold_common.atomic import check_output_file, prepare_output_dir, write_json
+from tenfold_common.atomic import (
+    check_output_dir,
+    check_output_file,
+    prepare_output_dir,
+    write_json,
+)
 from tenfold_common.cli import Parser, base_parser, run, setup_logging
 from tenfold_common.errors import UserError
+from tenfold_common.optional import require
 
 if TYPE_CHECKING:
+    from midi_llm.data import Source
     from midi_llm.grammar import GenerationConstraints
     from midi_llm.midi_write import Style
     from midi_llm.notes import Notes
@@ -26,7 +34,9 @@ CONSTRAINTS = (
     "min_notes",
 )  # fmt: skip
 ENGINES = ("transformers", "vllm", "server")
-METRICS = ("control", "compression", "distribution", "fad", "clap")
+METRICS = (
+    "control", "validity", "compression", "self_similarity", "distribution", "fad", "clap", "rtf",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,7 +76,9 @@ def _parser() -> Parser:
     generate.add_argument("prompt", metavar="TEXT")
     generate.add_argument("--out", required=True, metavar="FOLDER", help="for take-1.mid, ...")
     generate.add_argument("--n", type=_count, default=1, help="takes (default 1)")
-    generate.add_argument("--max_notes", type=_count, default=682, help="(default 682)")
+    generate.add_argument(
+        "--max_notes", type=_count, help="rests included (default 682, or what the model can read)"
+    )
     _add_model(generate)
     _add_sampling(generate)
     _add_constraints(generate)
@@ -80,20 +92,22 @@ def _parser() -> Parser:
     infill.add_argument("--end", type=float, required=True, help="second at which it ends")
     infill.add_argument("--keep", nargs="+", default=[], metavar="INSTRUMENT")
     infill.add_argument("--out", required=True, metavar="FILE")
-    _add_model(infill, engines=("transformers",))
+    infill.add_argument("--max_notes", type=_count, help="that are new (default: no limit)")
+    _add_model(infill)
     _add_sampling(infill)
     _add_constraints(infill)
-    _add_style(infill)
+    _add_style(infill, kept=True)
 
     go_on = verb("continue", _continue, "go on with a MIDI file")
     go_on.add_argument("file", metavar="FILE")
     go_on.add_argument("--prompt", required=True, metavar="TEXT")
     go_on.add_argument("--seconds", type=float, required=True, help="how much to add")
     go_on.add_argument("--out", required=True, metavar="FILE")
-    _add_model(go_on, engines=("transformers",))
+    go_on.add_argument("--max_notes", type=_count, help="that are new (default: no limit)")
+    _add_model(go_on)
     _add_sampling(go_on)
     _add_constraints(go_on)
-    _add_style(go_on)
+    _add_style(go_on, kept=True)
 
     tokenize = verb("tokenize", _tokenize, "show the ids of a MIDI file")
     tokenize.add_argument("file", metavar="FILE")
@@ -118,7 +132,8 @@ def _parser() -> Parser:
     expand = verb("expand", _expand, "give a text model a music vocabulary")
     expand.add_argument("--base", required=True, metavar="MODEL", help="a folder or a hub name")
     expand.add_argument("--out", required=True, metavar="FOLDER")
-    expand.add_argument("--init", choices=("normal", "mean", "factored"), default="normal")
+    expand.add_argument("--init", choices=("normal", "mean", "factored", "amt"), default="normal")
+    expand.add_argument("--source", metavar="MODEL", help="of --init amt: an AMT checkpoint")
     expand.add_argument("--small", action="store_true", help="the grid for tiny models")
     expand.add_argument("--overwrite", action="store_true")
 
@@ -128,17 +143,35 @@ def _parser() -> Parser:
 
     prepare = verb("prepare", _prepare, "make training data of MIDI files")
     prepare.add_argument("stage", choices=("cpt", "sft"))
-    prepare.add_argument("--midi", required=True, metavar="FOLDER", help="searched for *.mid")
+    prepare.add_argument(
+        "--midi", required=True, metavar="FOLDER", help="searched for *.mid and *.midi"
+    )
     prepare.add_argument("--model", required=True, metavar="FOLDER", help="whose ids to use")
     prepare.add_argument("--out", required=True, metavar="FOLDER")
     prepare.add_argument("--text", metavar="FILE", help="of cpt: texts, an empty line between two")
+    prepare.add_argument(
+        "--exclude", metavar="FILE",
+        help="of cpt: names of files in the folder that are held out, one a line",
+    )  # fmt: skip
     prepare.add_argument(
         "--captions", metavar="FILE",
         help="of sft: JSON lines with file and caption; without it they are written from the music",
     )  # fmt: skip
     prepare.add_argument("--length", type=_count, default=2048, help="ids of a row (default 2048)")
-    prepare.add_argument("--copies", type=_count, default=1, help="of each piece; see the README")
-    prepare.add_argument("--dropout", type=float, default=0.0, help="share of thinned captions")
+    prepare.add_argument(
+        "--copies", type=_count, metavar="N",
+        help="of sft: how often each piece comes (default 1); where the model's grid has controls, "
+        "the 2nd copy of ten is for filling in spans, the 3rd to 6th random notes, the 7th to 10th "
+        "whole instruments",
+    )  # fmt: skip
+    prepare.add_argument(
+        "--dropout", type=float, metavar="SHARE",
+        help="of sft: share of captions that lose some of their sentences (default 0)",
+    )  # fmt: skip
+    prepare.add_argument(
+        "--workers", type=_count, default=1, metavar="N",
+        help="processes; the rows are the same for any number (default 1)",
+    )  # fmt: skip
     prepare.add_argument("--all", action="store_true", help="short and long pieces too")
     prepare.add_argument("--overwrite", action="store_true")
 
@@ -159,10 +192,19 @@ def _parser() -> Parser:
 
     evaluate = verb("evaluate", _evaluate, "score MIDI files against what was asked for")
     evaluate.add_argument(
-        "requests", metavar="FILE", help="JSON lines: file, and caption or attributes"
-    )
+        "requests", metavar="FILE",
+        help="JSON lines: file, and caption or attributes; perhaps real, the piece behind the "
+        "request, and wall_seconds, how long the file took to make",
+    )  # fmt: skip
     evaluate.add_argument("--metrics", nargs="+", choices=METRICS, default=["control"])
-    evaluate.add_argument("--real", metavar="FOLDER", help="real MIDI to compare with")
+    evaluate.add_argument(
+        "--real", metavar="FOLDER",
+        help="searched for *.mid and *.midi: real music to compare all files with; without it "
+        "that is the lines' real",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--wall_seconds", type=float, metavar="X", help="of rtf: how long all files took together"
+    )
     evaluate.add_argument("--soundfont", metavar="FILE", help="of fad and clap, which are heard")
     evaluate.add_argument(
         "--shrinkage", type=float, help="of fad's covariances, where pieces are few: 0 to 1"
@@ -173,13 +215,28 @@ def _parser() -> Parser:
     render.add_argument("file", metavar="FILE")
     render.add_argument("--wav", metavar="FILE")
     render.add_argument("--roll", metavar="FILE", help="piano roll, .png")
+    render.add_argument("--spectrogram", metavar="FILE", help="mel bands of the sound, .png")
     render.add_argument("--soundfont", metavar="FILE")
     render.add_argument("--engine", choices=("auto", "fluidsynth", "preview"), default="auto")
 
     serve = verb("serve", _serve, "a web page to type prompts, see and hear takes")
     serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8000)
-    _add_model(serve, engines=("transformers",))
+    for name, default, text in (
+        ("port", 8000, "0 takes any that is free"),
+        ("max_queue", 4, "requests that wait, beside the one at work"),
+        ("max_notes", 682, "of a piece, rests included"),
+        ("max_upload", 2**20, "bytes of a MIDI file"),
+    ):
+        serve.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default {default})"
+        )
+    serve.add_argument("--soundfont", metavar="FILE")
+    serve.set_defaults(seed=None)
+    serve.epilog = (
+        "--seed is what the page begins with, by default a new one for every request; --json is "
+        "written as soon as the page is served."
+    )
+    _add_model(serve)
 
     demo = verb("demo", _demo, "train a tiny model on the spot and see whether it obeys")
     demo.add_argument("--out", required=True, metavar="FOLDER")
@@ -188,12 +245,11 @@ def _parser() -> Parser:
     return parser
 
 
-def _add_model(parser: Parser, engines: Sequence[str] = ENGINES) -> None:
+def _add_model(parser: Parser) -> None:
     parser.add_argument("--model", required=True, metavar="FOLDER", help="or a server's address")
-    if len(engines) > 1:
-        parser.add_argument("--engine", choices=engines, default="transformers")
-        parser.add_argument("--processor", metavar="FOLDER", help="of a server's model")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--engine", choices=ENGINES, default="transformers")
+    parser.add_argument("--processor", metavar="FOLDER", help="of a server's model")
+    parser.add_argument("--device", default="auto", help="of transformers: auto, cpu or cuda")
 
 
 def _add_sampling(parser: Parser) -> None:
@@ -211,9 +267,13 @@ def _add_constraints(parser: Parser) -> None:
     parser.add_argument("--min_notes", type=int, metavar="N")
 
 
-def _add_style(parser: Parser) -> None:
-    parser.add_argument("--tempo", type=float, default=120.0, help="written into the file")
-    parser.add_argument("--time_signature", default="4/4", help="written into the file")
+def _add_style(parser: Parser, *, kept: bool = False) -> None:
+    """Add what is written into files; `kept`: the default is what the source has."""
+    tempo = metre = "the file's"
+    if not kept:
+        tempo, metre = "the text's, or 120", "the text's, or 4/4"
+    parser.add_argument("--tempo", type=float, help=f"written into the file (default {tempo})")
+    parser.add_argument("--time_signature", help=f"written into the file (default {metre})")
     parser.add_argument("--accents", action="store_true", help="louder beats (an invention)")
 
 
@@ -224,22 +284,29 @@ def _constraints(arguments: argparse.Namespace) -> "GenerationConstraints":
     return GenerationConstraints.from_dict(given)
 
 
-def _style(arguments: argparse.Namespace) -> "Style":
+def _style(arguments: argparse.Namespace, old: "Style | None" = None) -> "Style":
+    """Return what is written into files: what is asked for, else what the old file has."""
+    from dataclasses import replace
+
     from midi_llm.midi_write import Style
 
-    parts = arguments.time_signature.split("/")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise UserError(f"--time_signature must be such as 3/4, not {arguments.time_signature!r}")
-    return Style(
-        tempo=arguments.tempo,
-        time_signature=(int(parts[0]), int(parts[1])),
-        key=getattr(arguments, "key", None),
-        accents=arguments.accents,
-    )
+    said: dict[str, Any] = {"accents": arguments.accents}
+    if arguments.tempo is not None:
+        said["tempo"] = arguments.tempo
+    if arguments.time_signature is not None:
+        parts = arguments.time_signature.split("/")
+        if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+            raise UserError(
+                f"--time_signature must be such as 3/4, not {arguments.time_signature!r}"
+            )
+        said["time_signature"] = (int(parts[0]), int(parts[1]))
+    if getattr(arguments, "key", None) is not None:
+        said["key"] = arguments.key
+    return replace(old or Style(), **said)
 
 
 def _model(arguments: argparse.Namespace) -> Any:
-    engine = getattr(arguments, "engine", "transformers")
+    engine = arguments.engine
     if engine == "server" or arguments.model.startswith(("http://", "https://")):
         from midi_llm.modeling import TextMidiProcessor
         from midi_llm.vllm_engine import ServerMidiLM
@@ -264,7 +331,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     if not arguments.overwrite and (there := [f for f in files if f.exists()]):
         raise UserError(f"{there[0]} is there already; name another folder, or give --overwrite")
     out.mkdir(parents=True, exist_ok=True)
-    constraints, style = _constraints(arguments), _style(arguments)
+    from midi_llm.captions import style_of_prompt
+
+    constraints = _constraints(arguments)
+    style = _style(arguments, style_of_prompt(arguments.prompt))
     outputs = _model(arguments).generate(
         arguments.prompt, n=arguments.n, temperature=arguments.temperature, top_p=arguments.top_p,
         max_notes=arguments.max_notes, constraints=constraints, style=style, seed=arguments.seed,
@@ -288,46 +358,48 @@ def _about(file: Path, output: Any) -> dict[str, Any]:
     }
 
 
-def _one(arguments: argparse.Namespace, output: Any) -> int:
-    file = Path(arguments.out)
+def _infill(arguments: argparse.Namespace) -> int:
+    span = {"start": arguments.start, "end": arguments.end, "keep_instruments": arguments.keep}
+    return _change(arguments, "infill", span)
+
+
+def _continue(arguments: argparse.Namespace) -> int:
+    return _change(arguments, "continue_", {"seconds": arguments.seconds})
+
+
+def _change(arguments: argparse.Namespace, method: str, own: dict[str, Any]) -> int:
+    """Write a file that a method of a model makes of another one."""
+    _check_json(arguments, arguments.out)
+    from midi_llm.midi_read import read_piece
+    from midi_llm.midi_write import style_of_score
+
+    notes, score = read_piece(arguments.file)
+    named = {
+        **own, "prompt": arguments.prompt, "temperature": arguments.temperature,
+        "top_p": arguments.top_p, "max_notes": arguments.max_notes,
+        "constraints": _constraints(arguments), "style": _style(arguments, style_of_score(score)),
+        "seed": arguments.seed,
+    }  # fmt: skip
+    output, file = getattr(_model(arguments), method)(notes, **named), Path(arguments.out)
     output.save(file)
-    print(f"{file}: {len(output.notes)} notes, {output.seconds:.1f} s, {output.finish_reason}")
+    added = len(output.notes) - len(notes)
+    print(
+        f"{file}: {len(output.notes)} notes ({added:+d}), {output.seconds:.1f} s, "
+        f"{output.finish_reason}"
+    )
     _write(arguments, _about(file, output))
     return 0
 
 
-def _infill(arguments: argparse.Namespace) -> int:
-    _check_json(arguments, arguments.out)
-    from midi_llm.midi_read import read_notes
-
-    notes = read_notes(arguments.file)
-    constraints, style = _constraints(arguments), _style(arguments)
-    output = _model(arguments).infill(
-        notes, start=arguments.start, end=arguments.end, prompt=arguments.prompt,
-        keep_instruments=arguments.keep, temperature=arguments.temperature, top_p=arguments.top_p,
-        constraints=constraints, style=style, seed=arguments.seed,
-    )  # fmt: skip
-    return _one(arguments, output)
-
-
-def _continue(arguments: argparse.Namespace) -> int:
-    _check_json(arguments, arguments.out)
-    from midi_llm.midi_read import read_notes
-
-    notes = read_notes(arguments.file)
-    constraints, style = _constraints(arguments), _style(arguments)
-    output = _model(arguments).continue_(
-        notes, seconds=arguments.seconds, prompt=arguments.prompt,
-        temperature=arguments.temperature, top_p=arguments.top_p, constraints=constraints,
-        style=style, seed=arguments.seed,
-    )  # fmt: skip
-    return _one(arguments, output)
-
-
-def _tokenizer(arguments: argparse.Namespace) -> Any:
+def _tokenizer(arguments: argparse.Namespace, grid: "dict[str, Any] | None" = None) -> Any:
     from midi_llm.tokenizer import AMTTokenizer
     from midi_llm.vocab import AMTConfig
 
+    if grid is not None:
+        made = AMTConfig.from_dict(grid)
+        if arguments.small and made != AMTConfig.small():
+            raise UserError("the ids are of another grid than --small; leave it out")
+        return AMTTokenizer(made)
     return AMTTokenizer(AMTConfig.small() if arguments.small else AMTConfig())
 
 
@@ -346,15 +418,21 @@ def _tokenize(arguments: argparse.Namespace) -> int:
 
 def _detokenize(arguments: argparse.Namespace) -> int:
     _check_json(arguments, arguments.out)
-    tokenizer = _tokenizer(arguments)
     try:
         found = json.loads(Path(arguments.ids).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{arguments.ids} is no JSON: {error}") from error
+    grid = found.get("grid") if isinstance(found, dict) else None
+    tokenizer = _tokenizer(arguments, grid)
     ids = found["ids"] if isinstance(found, dict) and "ids" in found else found
-    if isinstance(ids, list) and len(ids) == 1 and isinstance(ids[0], list):
+    if isinstance(ids, list) and ids and isinstance(ids[0], list):
+        if len(ids) > 1:
+            raise UserError(
+                f"{arguments.ids} holds {len(ids)} windows, each of which begins at 0: when one "
+                "follows another is not known. Give one of them"
+            )
         ids = ids[0]
-    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise UserError(f"{arguments.ids} must hold one list of whole numbers")
     from midi_llm.anticipate import notes_of_events
     from midi_llm.midi_write import write_midi
@@ -372,8 +450,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.instruments:
         from midi_llm.vocab import DRUMS, instrument_name
 
-        for number in range(DRUMS + 1):
-            print(f"{number:3d} {instrument_name(number)}")
+        names = {number: instrument_name(number) for number in range(DRUMS + 1)}
+        for number, name in names.items():
+            print(f"{number:3d} {name}")
+        _write(arguments, {"instruments": names})
         return 0
     if not arguments.files:
         raise UserError("name MIDI files, or give --instruments")
@@ -411,7 +491,8 @@ def _caption(arguments: argparse.Namespace) -> int:
 
 def _expand(arguments: argparse.Namespace) -> int:
     _check_json(arguments)
-    out = prepare_output_dir(arguments.out, overwrite=arguments.overwrite)
+    named = {"overwrite": arguments.overwrite, "inputs": [arguments.base, arguments.source]}
+    check_output_dir(arguments.out, **named)
     _quiet_libraries()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -420,13 +501,17 @@ def _expand(arguments: argparse.Namespace) -> int:
     from midi_llm.vocab import AMTConfig
 
     amt = AMTConfig.small() if arguments.small else AMTConfig()
+    name, source = arguments.base, None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-        model: Any = AutoModelForCausalLM.from_pretrained(arguments.base, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        if name := arguments.source:
+            source = AutoModelForCausalLM.from_pretrained(name).get_input_embeddings().weight
     except (OSError, ValueError) as error:
-        raise UserError(f"{arguments.base} cannot be loaded: {error}") from error
+        raise UserError(f"{name} cannot be loaded: {error}") from error
     offset = int(model.get_input_embeddings().weight.shape[0])
-    expand_vocabulary(model, amt, init=arguments.init, seed=arguments.seed)
+    expand_vocabulary(model, amt, init=arguments.init, source=source, seed=arguments.seed)
+    out = prepare_output_dir(arguments.out, **named)
     MidiLM(model, TextMidiProcessor(tokenizer, amt, offset)).save_pretrained(out)
     size = int(model.get_input_embeddings().weight.shape[0])
     print(f"{out}: {size} rows, music from {offset} on")
@@ -447,91 +532,121 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     _check_json(arguments)
-    if not 0 <= arguments.dropout <= 1:
-        raise UserError(f"--dropout must be 0 to 1, not {arguments.dropout}")
-    for name, stage in (("text", "cpt"), ("captions", "sft")):
-        if getattr(arguments, name) and arguments.stage != stage:
+    for name, stage in (
+        ("text", "cpt"), ("exclude", "cpt"), ("captions", "sft"), ("copies", "sft"),
+        ("dropout", "sft"),
+    ):  # fmt: skip
+        if getattr(arguments, name) is not None and arguments.stage != stage:
             raise UserError(f"--{name} is for {stage} and would change nothing here; leave it out")
+    dropout = arguments.dropout or 0.0
+    if not 0 <= dropout <= 1:
+        raise UserError(f"--dropout must be 0 to 1, not {dropout}")
+    if arguments.length < 4:
+        raise UserError(f"--length must be at least 4, a flag and an event, not {arguments.length}")
+    names = ("midi", "model", "text", "captions", "exclude")
+    inputs = [getattr(arguments, name) for name in names]
+    check_output_dir(arguments.out, overwrite=arguments.overwrite, inputs=inputs)
+    import shutil
+    import tempfile
+
+    left: Counter[str] = Counter()
+    sources = _pieces(arguments, left)
     _quiet_libraries()
-    from midi_llm.data import prepare_cpt, prepare_sft
+    from midi_llm.data import Filters, Recipe, write_dataset
     from midi_llm.modeling import TextMidiProcessor
 
-    processor = TextMidiProcessor.from_pretrained(arguments.model)
-    out = prepare_output_dir(arguments.out, overwrite=arguments.overwrite)
-    left: dict[str, int] = {}
-    pieces = list(_pieces(arguments, left))
-    if arguments.stage == "cpt":
-        texts = []
-        if arguments.text:
-            texts = [t for t in Path(arguments.text).read_text("utf-8").split("\n\n") if t.strip()]
-        dataset = prepare_cpt(
-            [notes for _, notes in pieces], texts, processor, length=arguments.length,
-            seed=arguments.seed,
-        )  # fmt: skip
-    else:
-        captions = _captions(arguments, [file for file, _ in pieces])
-        dataset = prepare_sft(
-            [(notes, captions[file]) for file, notes in pieces if file in captions], processor,
-            length=arguments.length, copies=arguments.copies, dropout=arguments.dropout,
-            seed=arguments.seed,
-        )  # fmt: skip
-    dataset.save_to_disk(str(out))
-    print(f"{out}: {len(dataset)} rows of {arguments.length} ids from {len(pieces)} pieces")
+    recipe = Recipe(
+        arguments.stage, TextMidiProcessor.from_pretrained(arguments.model),
+        length=arguments.length, copies=arguments.copies or 1, dropout=dropout,
+        seed=arguments.seed, filters=Filters(1, 0.0, 14400.0, 129) if arguments.all else Filters(),
+    )  # fmt: skip
+    out = Path(arguments.out).resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # What is there stays until the new rows are whole.
+    with tempfile.TemporaryDirectory(".tmp", f".{out.name[:40]}.", out.parent) as made:
+        found = write_dataset(sources, made, recipe, workers=arguments.workers)
+        prepare_output_dir(out, overwrite=arguments.overwrite, inputs=inputs)
+        # The state comes last: without it the folder does not load.
+        for file in sorted(Path(made).iterdir(), key=lambda file: file.name == "state.json"):
+            shutil.move(file, out)
+    left += found.left_out
+    print(
+        f"{arguments.out}: {found.rows} rows of {arguments.length} ids from {found.used} of "
+        f"{sum(source.span is None for source in sources)} pieces"
+    )
     for reason, count in sorted(left.items()):
         print(f"left out: {count} {reason}")
-    _write(arguments, {"folder": str(out), "rows": len(dataset), "left_out": left})
+    _write(arguments, {"folder": arguments.out, "rows": found.rows, "pieces": found.used,
+                       "left_out": dict(left)})  # fmt: skip
     return 0
 
 
-def _pieces(arguments: argparse.Namespace, left: dict[str, int]) -> "Iterator[tuple[str, Notes]]":
-    """Yield the pieces of a folder that are fit to learn from, and count the others by reason."""
-    from midi_llm.data import Filters
-    from midi_llm.midi_read import read_many
+def _pieces(arguments: argparse.Namespace, left: Counter[str]) -> "list[Source]":
+    """List what to learn from: files of the folder and parts of the text; count what is not."""
+    from midi_llm.data import Source, text_sources
 
-    folder = Path(arguments.midi)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".mid", ".midi"))
-    if not files:
-        raise UserError(f"{folder} has no *.mid")
-    filters = Filters(1, 0.0, 14400.0, 129) if arguments.all else Filters()
-    for file, notes in zip(files, read_many(files), strict=True):
-        if isinstance(notes, UserError):
-            left["not readable"] = left.get("not readable", 0) + 1
-            print(f"left out: {notes}", file=sys.stderr)
-            continue
-        reason = filters.reason(notes)
-        if reason:
-            left[reason] = left.get(reason, 0) + 1
-        else:
-            yield str(file.relative_to(folder)), notes
+    files = _midi_files(arguments.midi)
+    names = [file.relative_to(arguments.midi).as_posix() for file in files]
+    captions = _captions(arguments.captions) if arguments.captions else None
+    excluded = set()
+    if arguments.exclude:
+        lines = Path(arguments.exclude).read_text("utf-8", "surrogateescape").split("\n")
+        excluded = {Path(line.strip()).as_posix() for line in lines if line.strip()}
+        left["held out by --exclude"] = len(excluded.intersection(names))
+        left["named by --exclude, but not in the folder"] = len(excluded.difference(names))
+    if captions is not None:
+        left["without a caption"] = len(set(names).difference(captions))
+        left["captions without a file"] = len(set(captions).difference(names))
+        if not set(captions).intersection(names):
+            raise UserError(
+                f"no caption is of a file in the folder: {arguments.captions} has "
+                f"{next(iter(captions))!r}, {arguments.midi} has {names[0]!r}"
+            )
+    sources = [
+        Source(number, str(file), captions[name] if captions else None)
+        for number, (file, name) in enumerate(zip(files, names, strict=True))
+        if name not in excluded and (captions is None or name in captions)
+    ]
+    if arguments.text:
+        sources += text_sources(arguments.text, first=len(files))
+    return sources
 
 
-def _captions(arguments: argparse.Namespace, files: list[str]) -> dict[str, str]:
-    from midi_llm.attributes import analyze
-    from midi_llm.captions import describe
-
-    if arguments.captions:
-        return {
-            str(row["file"]): str(row["caption"]) for row in _rows(arguments.captions, "caption")
-        }
-    folder = Path(arguments.midi)
-    return {f: describe(analyze(folder / f), seed=arguments.seed + i) for i, f in enumerate(files)}
+def _captions(path: str) -> dict[str, str]:
+    """Read the captions of files, by their names relative to the folder."""
+    captions: dict[str, str] = {}
+    for number, row in _numbered_rows(path, "caption"):
+        where, name, caption = f"{path}, line {number}", row["file"], row["caption"]
+        if not isinstance(caption, str) or not caption.strip():
+            raise UserError(f"{where}: the caption must be a text, not {caption!r}")
+        if not isinstance(name, str) or not name or Path(name).is_absolute():
+            raise UserError(f"{where}: file must be a name relative to --midi, not {name!r}")
+        name = Path(name).as_posix()
+        if name in captions:
+            raise UserError(f"{where}: {name} has a caption already; one is allowed")
+        captions[name] = caption
+    return captions
 
 
 def _rows(path: str, *names: str) -> list[dict[str, Any]]:
     """Read JSON lines that all have `file` and one of some fields."""
+    return [row for _, row in _numbered_rows(path, *names)]
+
+
+def _numbered_rows(path: str, *names: str) -> list[tuple[int, dict[str, Any]]]:
+    """Read as `_rows` does, with the number of each line."""
     rows = []
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: no JSON ({error})") from error
-        if not isinstance(row, dict) or "file" not in row or not any(n in row for n in names):
-            raise UserError(f"{path}, line {number}: needs file and {' or '.join(names)}")
-        rows.append(row)
+    with Path(path).open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: no JSON ({error})") from error
+            if not isinstance(row, dict) or "file" not in row or not any(n in row for n in names):
+                raise UserError(f"{path}, line {number}: needs file and {' or '.join(names)}")
+            rows.append((number, row))
     if not rows:
         raise UserError(f"{path} has no lines")
     return rows
@@ -548,11 +663,18 @@ def _train(arguments: argparse.Namespace) -> int:
     names = ("steps", "lr", "music_lr", "batch_size", "accumulation", "warmup", "save_every",
              "log_every", "bf16", "seed")  # fmt: skip
     config = TrainConfig(**{name: getattr(arguments, name) for name in names})
+    check_output_dir(
+        arguments.out, resume=arguments.resume, overwrite=arguments.overwrite,
+        inputs=[arguments.model, arguments.data],
+    )  # fmt: skip
     try:
         dataset: Any = load_from_disk(arguments.data)
     except (FileNotFoundError, ValueError, OSError) as error:
         raise UserError(f"{arguments.data} holds no data of `midi-llm prepare`: {error}") from error
-    loaded = MidiLM.from_pretrained(arguments.model, device="cpu")
+    if arguments.lora:
+        require("peft", extra="peft", package="midi-llm", purpose="--lora")
+    # The optimiser's own copy is float32, whatever the folder holds; bf16 is for computing.
+    loaded = MidiLM.from_pretrained(arguments.model, device="cpu", dtype="float32")
     model: Any = loaded.model.train()
     if arguments.lora:
         from peft import get_peft_model
@@ -575,74 +697,124 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     rows = _rows(arguments.requests, "caption", "attributes")
     home = Path(arguments.requests).parent
-    outputs = [read_notes(home / row["file"]) for row in rows]
+    files = [home / str(row["file"]) for row in rows]
+    behind = [home / str(name) for name in _of_all(rows, "real", arguments.requests)]
+    pool = _midi_files(arguments.real) if arguments.real else []
+    if not (pool or behind) and (lacking := {"fad", "distribution"} & set(arguments.metrics)):
+        raise UserError(
+            f"{min(lacking)} compares with real music; name a folder of it with --real, or in "
+            "every line the piece behind it as real"
+        )
+    wall = arguments.wall_seconds or _of_all(rows, "wall_seconds", arguments.requests)
+    if "rtf" in arguments.metrics and not wall:
+        raise UserError("rtf needs --wall_seconds, or wall_seconds in every line")
     requested = [
         MusicAttributes.from_dict(row["attributes"]) if "attributes" in row else str(row["caption"])
         for row in rows
     ]
-    real = None
-    if arguments.real:
-        files = sorted(Path(arguments.real).rglob("*.mid"))
-        if not files:
-            raise UserError(f"{arguments.real} has no *.mid")
-        real = [read_notes(file) for file in files]
+    outputs, references, real = ([read_notes(f) for f in some] for some in (files, behind, pool))
     heard = {"fad", "clap"} & set(arguments.metrics)
-    audio = [_heard(notes, arguments.soundfont) for notes in outputs] if heard else None
-    real_audio = None
-    if "fad" in heard:
-        if real is None:
-            raise UserError("fad compares with real music; name a folder of it with --real")
-        real_audio = [_heard(notes, arguments.soundfont) for notes in real]
+
+    def sound(some: list[Path], notes: "list[Notes]", wanted: bool = True) -> Any:
+        return _Sounds(some, notes, arguments.soundfont) if heard and some and wanted else None
+
     found = evaluate(
-        outputs, requested, metrics=tuple(arguments.metrics), real=real, audio=audio,
-        real_audio=real_audio, shrinkage=arguments.shrinkage, resamples=arguments.resamples,
-        seed=arguments.seed,
+        outputs, requested, metrics=tuple(arguments.metrics), references=references or None,
+        real=real or None, audio=sound(files, outputs),
+        reference_audio=sound(behind, references, "clap" in heard or not pool),
+        real_audio=sound(pool, real, "fad" in heard), wall_seconds=wall or None,
+        shrinkage=arguments.shrinkage, resamples=arguments.resamples, seed=arguments.seed,
     )  # fmt: skip
     print(found.table())
     _write(arguments, found.to_dict())
     return 0
 
 
-def _heard(notes: "Notes", soundfont: str | None) -> Any:
-    """Return a piece as it sounds: samples and rate."""
-    import tempfile
+def _of_all(rows: list[dict[str, Any]], name: str, path: str) -> list[Any]:
+    """Return a field of rows that all of them have, or none."""
+    found = [row[name] for row in rows if name in row]
+    if found and len(found) < len(rows):
+        raise UserError(
+            f"{path}: {len(found)} of {len(rows)} lines have {name}; give it in all of them, or "
+            "in none"
+        )
+    return found
 
-    from midi_llm.render import read_wav, to_wav
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "a.wav"
-        to_wav(notes, file, soundfont=soundfont, rate=22050)
-        return read_wav(file)
+def _midi_files(folder: str) -> list[Path]:
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is no folder")
+    found = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".mid", ".midi"))
+    if not found:
+        raise UserError(f"{folder} has no *.mid")
+    return found
+
+
+class _Sounds(Sequence):
+    """Pieces as they sound, samples and rate, each rendered when it is asked for."""
+
+    def __init__(self, files: list[Path], notes: "list[Notes]", soundfont: str | None) -> None:
+        self.files, self.notes, self.soundfont = files, notes, soundfont
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, place: Any) -> Any:
+        import tempfile
+
+        from midi_llm.render import read_wav, to_wav
+
+        file, notes = self.files[place], self.notes[place]
+        with tempfile.TemporaryDirectory() as folder:
+            wav = Path(folder) / "a.wav"
+            try:
+                to_wav(notes, wav, soundfont=self.soundfont, rate=22050)
+            except UserError as error:
+                raise UserError(f"{file} cannot be heard: {error}") from error
+            return read_wav(wav)
 
 
 def _render(arguments: argparse.Namespace) -> int:
-    _check_json(arguments, arguments.wav, arguments.roll)
-    if not (arguments.wav or arguments.roll):
-        raise UserError("name --wav, --roll or both")
-    from midi_llm.render import piano_roll, to_wav
+    targets = [arguments.wav, arguments.roll, arguments.spectrogram]
+    _check_json(arguments, *targets)
+    if not any(targets):
+        raise UserError("name --wav, --roll or --spectrogram")
+    import tempfile
 
-    written = []
-    if arguments.wav:
-        to_wav(
-            arguments.file, arguments.wav, soundfont=arguments.soundfont, engine=arguments.engine
-        )
-        written.append(arguments.wav)
+    from midi_llm.render import piano_roll, spectrogram, to_wav
+
+    if arguments.wav or arguments.spectrogram:
+        with tempfile.TemporaryDirectory() as folder:
+            wav = arguments.wav or Path(folder) / "a.wav"
+            to_wav(arguments.file, wav, soundfont=arguments.soundfont, engine=arguments.engine)
+            if arguments.spectrogram:
+                spectrogram(wav, path=arguments.spectrogram)
     if arguments.roll:
         piano_roll(arguments.file, arguments.roll)
-        written.append(arguments.roll)
+    written = [target for target in targets if target]
     print("\n".join(written))
     _write(arguments, {"written": written})
     return 0
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    _check_json(arguments)
     from midi_llm.app import serve
 
-    serve(_model(arguments), host=arguments.host, port=arguments.port)
+    def ready(address: str) -> None:
+        print(f"serving {address} until Ctrl-C", flush=True)
+        _write(arguments, {"address": address})
+
+    serve(
+        _model(arguments), host=arguments.host, port=arguments.port, max_queue=arguments.max_queue,
+        max_notes=arguments.max_notes, max_upload=arguments.max_upload,
+        soundfont=arguments.soundfont, seed=arguments.seed, ready=ready,
+    )  # fmt: skip
     return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    _check_json(arguments)
     out = Path(arguments.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
@@ -653,6 +825,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     result = run_demo(out, seed=arguments.seed, full=arguments.full, data=arguments.data)
     result.save(out)
     print(result.markdown())
+    _write(arguments, result.to_dict())
     return 0 if result.passed else 1
 
 

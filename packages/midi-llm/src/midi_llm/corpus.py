@@ -36,12 +36,14 @@ class Pair:
         attributes: Computed from it.
         caption: Written of them.
         source: "etude", "nottingham" or "jsb".
+        tune: Which one of the source it is: pairs of one tune differ in key, tempo and instruments.
     """
 
     notes: Notes
     attributes: MusicAttributes
     caption: str
     source: str
+    tune: int
 
 
 def etude_pairs(count: int, seed: int, *, seconds: float = 12.0) -> Iterator[Pair]:
@@ -50,7 +52,7 @@ def etude_pairs(count: int, seed: int, *, seconds: float = 12.0) -> Iterator[Pai
         rng = np.random.default_rng([seed, 0, number])
         plan = plan_etude(rng, seconds=seconds)
         style = Style(tempo=plan.tempo, time_signature=(plan.beats, 4))
-        yield _pair(play(plan, rng), style, rng, "etude")
+        yield _pair(play(plan, rng), style, rng, "etude", number)
 
 
 def nottingham_pairs(
@@ -68,7 +70,8 @@ def nottingham_pairs(
     made = 0
     while made < count:
         rng = np.random.default_rng([seed, 2, made])
-        score = read_score(files[order[made % len(files)]])
+        tune = int(order[made % len(files)])
+        score = read_score(files[tune])
         metre = score.time_signatures[0] if len(score.time_signatures) else None
         tempo = score.tempos[0].qpm if len(score.tempos) else 120.0
         tracks = [track for track in score.tracks if len(track.notes)]
@@ -88,7 +91,8 @@ def nottingham_pairs(
         )  # fmt: skip
         signature = (metre.numerator, metre.denominator) if metre else (4, 4)
         made += 1
-        yield _pair(piece, Style(tempo=wanted, time_signature=signature), rng, "nottingham")
+        style = Style(tempo=wanted, time_signature=signature)
+        yield _pair(piece, style, rng, "nottingham", tune)
 
 
 def jsb_pairs(folder: Path, count: int, seed: int, *, seconds: float = 12.0) -> Iterator[Pair]:
@@ -105,7 +109,8 @@ def jsb_pairs(folder: Path, count: int, seed: int, *, seconds: float = 12.0) -> 
     order = np.random.default_rng([seed, 3]).permutation(len(pieces))
     for made in range(count):
         rng = np.random.default_rng([seed, 4, made])
-        piece = pieces[order[made % len(pieces)]]
+        tune = int(order[made % len(pieces)])
+        piece = pieces[tune]
         rows = np.array([(*row, -1, -1, -1, -1)[:4] for row in piece])  # -1 is silence
         tempo = float(rng.choice(TEMPOS[:4]))
         step = 60.0 / tempo / SIXTEENTHS
@@ -126,13 +131,13 @@ def jsb_pairs(folder: Path, count: int, seed: int, *, seconds: float = 12.0) -> 
         if not found:
             continue
         style = Style(tempo=tempo, time_signature=(4, 4))
-        yield _pair(Notes.of(*zip(*found, strict=True)), style, rng, "jsb")
+        yield _pair(Notes.of(*zip(*found, strict=True)), style, rng, "jsb", tune)
 
 
-def _pair(notes: Notes, style: Style, rng: np.random.Generator, source: str) -> Pair:
+def _pair(notes: Notes, style: Style, rng: np.random.Generator, source: str, tune: int) -> Pair:
     attributes = analyze(to_score(notes, style))
     caption = describe(attributes, style="short", seed=int(rng.integers(2**31)))
-    return Pair(notes, attributes, caption, source)
+    return Pair(notes, attributes, caption, source, tune)
 
 
 def text_tokenizer(captions: list[str], *, size: int = 512) -> "PreTrainedTokenizerFast":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from midi_llm.anticipate import REST, events_of, ids_of, interleave, notes_of_events, pad_rests
+from midi_llm.captions import style_of_prompt
 from midi_llm.grammar import Allowed, GenerationConstraints, Grammar, Rules
 from midi_llm.midi_read import notes_of_score
 from midi_llm.midi_write import Style, style_of_score, to_score, write_midi
@@ -127,7 +128,8 @@ class Composer(ABC):
             max_notes: Events of a piece at most, rests included. None for 682, or as many as the
                 model can read behind the prompt.
             constraints: What every piece must keep to.
-            style: Tempo, metre and key written into files; sounds do not depend on it.
+            style: Tempo, metre and key written into files; sounds do not depend on it. None for
+                what constraints and the prompt say ("90 bpm", "3/4", "in C minor").
             batch_size: Sequences that are decoded together.
             seed: Of the draws; a piece's draws do not depend on the others.
             on_note: Called with the number of a piece and each of its notes, as they come (through
@@ -149,9 +151,10 @@ class Composer(ABC):
         if n > 1 and temperature == 0:
             raise UserError("with temperature 0 all n pieces would be the same; ask for one")
         sampling = Sampling(temperature, top_p)
-        style = style or Style(key=constraints.key if constraints else None)
-        rules = Rules(self.processor.amt, constraints)
         ids = [self.processor.encode(text) for text in texts]
+        key = constraints.key if constraints else None
+        styles = [style or style_of_prompt(text, key=key) for text in texts]
+        rules = Rules(self.processor.amt, constraints)
         room = self._room(ids, max_notes)
         if rules.constraints.min_notes > room:
             raise UserError(
@@ -172,7 +175,7 @@ class Composer(ABC):
                 stacklevel=2,
             )
         return [
-            self._output(texts[i // n], music, grammar, style)
+            self._output(texts[i // n], music, grammar, styles[i // n])
             for i, (music, (_, grammar)) in enumerate(zip(found, rows, strict=True))
         ]
 

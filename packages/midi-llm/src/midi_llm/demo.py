@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from midi_llm.attributes import MusicAttributes
 from midi_llm.captions import Request
 from midi_llm.corpus import Pair, etude_pairs, jsb_pairs, nottingham_pairs, text_tokenizer
 from midi_llm.notes import Notes
@@ -174,14 +173,11 @@ def corpus(seed: int, settings: DemoSettings, folder: Path | None) -> tuple[list
     train: list[Pair] = []
     held: list[Pair] = []
     for make in (etude_pairs, nottingham_pairs, jsb_pairs):
-        # As many different tunes as there are, then the same ones in other keys; the first are held
-        # out whatever they are played on.
-        tunes = {"etude_pairs": 10**9, "nottingham_pairs": 1034, "jsb_pairs": 382}[make.__name__]
-        part = count // 3
+        part, kept = count // 3, settings.held_out // 3
         made = list(make(part, seed) if make is etude_pairs else make(folder, part, seed))  # pyright: ignore[reportCallIssue, reportArgumentType]
-        kept = settings.held_out // 3
         held += made[:kept]
-        train += [pair for i, pair in enumerate(made) if i % tunes >= kept]
+        tunes = {pair.tune for pair in made[:kept]}  # held out whatever they are played on
+        train += [pair for pair in made[kept:] if pair.tune not in tunes]
     return train, held
 
 
@@ -390,14 +386,10 @@ def score(asked: Sequence[Pair], played: Sequence[Notes]) -> dict[str, float]:
     from midi_llm.metrics import control_scores
 
     rows = [
-        control_scores(_request(pair.attributes), notes)
+        control_scores(Request.of(pair.attributes), notes)
         for pair, notes in zip(asked, played, strict=True)
     ]
     return {name: float(np.nanmean([row[name] for row in rows])) for name in METRICS}
-
-
-def _request(attributes: MusicAttributes) -> Request:
-    return Request.of(attributes)
 
 
 def _claims(runs: Sequence[Run]) -> list[Claim]:

@@ -31,15 +31,23 @@ from midi_llm.metrics import (
     control_of,
     distribution_scores,
     frechet_distance,
+    grammar_errors,
     mean_of,
     mel_embedding,
+    most_at_once,
+    notes_of,
     pitch_class_entropy,
+    real_time_factor,
+    self_similarity,
 )
 from midi_llm.notes import Notes
+from midi_llm.vocab import AMTConfig
 from tenfold_common.atomic import atomic_write
 from tenfold_common.errors import UserError, suggest
 
-METRICS = ("control", "compression", "distribution", "fad", "clap", "rtf")
+METRICS = (
+    "control", "validity", "compression", "self_similarity", "distribution", "fad", "clap", "rtf",
+)  # fmt: skip
 NAN = float("nan")
 _SHUFFLES = 10
 _STREAM = 2511_03943  # beside the seed: another stream than that of data with the same seed
@@ -55,7 +63,8 @@ class Score:
         high: Upper end.
         n: Outputs that count: those for whose prompt it is defined.
         shuffled: The same with the prompts shuffled across the outputs.
-        real: The same of real music.
+        real: The same of real music: of the pieces behind the requests where the prompt matters
+            (control, CLAP), of the pool elsewhere.
     """
 
     value: float
@@ -150,10 +159,13 @@ def evaluate(
     requested: "Sequence[Asked]",
     *,
     metrics: Sequence[str] = ("control",),
+    references: "Sequence[Output] | None" = None,
     real: "Sequence[Output] | None" = None,
     audio: Sequence[Audio] | None = None,
+    reference_audio: Sequence[Audio] | None = None,
     real_audio: Sequence[Audio] | None = None,
-    wall_seconds: float | None = None,
+    wall_seconds: float | Sequence[float] | None = None,
+    amt: AMTConfig | None = None,
     embedder: Embedder | None = None,
     shrinkage: float | None = None,
     clap_model: Any = None,
@@ -162,18 +174,28 @@ def evaluate(
 ) -> EvaluationReport:
     """Score outputs against what was asked for and against real music.
 
+    Real music comes in two ways. `references` are the pieces behind the requests, in their order:
+    they show what control and CLAP can reach. `real` is a pool of any size and order, from which
+    distributions are taken. Without a pool the references are it.
+
     Args:
         outputs: Notes, scores, MIDI files or what `MidiLM.generate` returns.
         requested: The caption, attributes or request of each output. Outputs of equal requests
             are takes of one prompt and stay together in the bootstrap.
-        metrics: Of "control" (see `metrics.control_scores`), "compression" (see
-            `metrics.compression_ratio`), "distribution" (needs `real`), "fad" (needs `audio` and
-            `real_audio`), "clap" (needs captions, `audio` and laion_clap), "rtf" (needs
-            `wall_seconds`).
-        real: Real pieces; for "control" the one behind each request, in the same order.
+        metrics: Of "control" (see `metrics.control_scores`), "validity" (`metrics.grammar_errors`
+            in 1,000 ids of the outputs that have `ids`, the share of outputs without notes, and
+            `metrics.most_at_once`), "compression" (see `metrics.compression_ratio`),
+            "self_similarity" (see `metrics.self_similarity`), "distribution" (needs `real`), "fad"
+            (needs `audio` and `real_audio`), "clap" (needs captions, `audio` and laion_clap), "rtf"
+            (needs `wall_seconds`).
+        references: The real piece behind each request.
+        real: The pool. Defaults to the references, if `real_audio` is not given either.
         audio: Samples and rate of each output, rendered.
-        real_audio: The same of real pieces; for "clap" those behind the requests.
-        wall_seconds: How long all outputs together took.
+        reference_audio: The same of the references.
+        real_audio: The same of the pool. Defaults to `reference_audio`, if `real` is not given
+            either.
+        wall_seconds: How long all outputs together took, or each of them.
+        amt: The grid of the outputs' ids. Defaults to that of AMT and MIDI-LLM.
         embedder: Turns audio into a vector. Defaults to `metrics.mel_embedding`.
         shrinkage: Of the covariances of "fad"; needed with fewer audios than dimensions + 1.
         clap_model: A loaded `laion_clap.CLAP_Module`. None makes one.
@@ -188,7 +210,13 @@ def evaluate(
             be read.
         MissingDependencyError: "clap" without laion_clap.
     """
-    _check(outputs, requested, metrics, resamples)
+    paired = {"references": references, "audio": audio, "reference_audio": reference_audio}
+    pools = {"real": real, "real_audio": real_audio}
+    _check(outputs, requested, metrics, resamples, paired, pools)
+    if references is not None:
+        references = [notes_of(one) for one in references]
+    if real is None and real_audio is None:
+        real, real_audio = references, reference_audio
     asked = [Request.of(one) for one in requested]
     prompts = [a if isinstance(a, str) else b for a, b in zip(requested, asked, strict=True)]
     number = {one: i for i, one in enumerate(dict.fromkeys(prompts))}
@@ -197,20 +225,31 @@ def evaluate(
     notes: list[str] = []
     scores: dict[str, Score] = {}
     heard = [Heard.of(one) for one in outputs]
-    true = None if real is None else [Heard.of(one) for one in real]
+    played = [h.notes for h in heard]
+    pool = [notes_of(one) for one in real or []]
     if "control" in metrics:
+        true = None if references is None else [Heard.of(one) for one in references]
         scores |= run.control(heard, true, notes)
+    if "validity" in metrics:
+        ids = [getattr(one, "ids", None) for one in outputs]
+        # Control's share of empty outputs goes first: its real ones are those asked for.
+        scores |= run.validity(played, ids, amt or AMTConfig(), pool, notes) | scores
     if "compression" in metrics:
-        scores["CR"] = run.compression(heard, true)
+        scores["CR"] = run.each(compression_ratio, played, pool)
         notes.append(
             "CR: bytes of a text of the notes over those of it compressed by zlib; not the CR of "
             "Text2midi, which is COSIATEC's."
         )
+    if "self_similarity" in metrics:
+        scores["self_similarity"] = run.each(self_similarity, played, pool)
+        notes.append("Self-similarity: mean cosine of the pitch classes of windows of 2 s.")
     if "distribution" in metrics:
-        scores |= run.distribution([h.notes for h in heard], _real_notes(true), notes)
+        if not pool:
+            raise UserError('"distribution" needs real: a list of real pieces')
+        scores |= run.distribution(played, pool, notes)
     if "fad" in metrics:
         name, score = run.fad(
-            _needed(audio, "audio", "fad", len(outputs)), _needed(real_audio, "real_audio", "fad"),
+            _needed(audio, "audio", "fad"), _needed(real_audio, "real_audio", "fad"),
             embedder or mel_embedding, shrinkage, notes,
         )  # fmt: skip
         scores[name] = score
@@ -218,19 +257,17 @@ def evaluate(
         if not all(isinstance(one, str) for one in requested):
             raise UserError('"clap" needs captions; give text in requested')
         texts = [one for one in requested if isinstance(one, str)]
-        sound = _needed(audio, "audio", "clap", len(outputs))
-        if real_audio is not None:
-            _needed(real_audio, "real_audio", "clap", len(outputs))
-        scores["CLAP"] = run.clap(texts, sound, real_audio, clap_model)
+        sound = _needed(audio, "audio", "clap")
+        scores["CLAP"] = run.clap(texts, sound, reference_audio, clap_model)
     if "rtf" in metrics:
-        if wall_seconds is None or not wall_seconds > 0:
-            raise UserError(f'"rtf" needs wall_seconds over 0, not {wall_seconds!r}')
-        music = sum(h.attributes.seconds for h in heard)
-        scores["RTF"] = Score(music / wall_seconds, n=len(heard))
+        seconds = np.array([h.attributes.seconds for h in heard])
+        scores["RTF"] = run.rtf(seconds, wall_seconds)
         notes.append("RTF: seconds of music a second of waiting; bigger is faster.")
     settings = {
         "metrics": list(metrics), "outputs": len(outputs), "prompts": len(number),
-        "resamples": resamples, "seed": seed, "shrinkage": shrinkage,
+        "references": len(references or reference_audio or []),
+        "real": len(real or real_audio or []), "resamples": resamples, "seed": seed,
+        "shrinkage": shrinkage,
     }  # fmt: skip
     return EvaluationReport(scores, settings, notes)
 
@@ -270,14 +307,26 @@ class _Run:
         low, high = self.interval(columns, lambda sums: sums[:, 0] / sums[:, 1])
         return Score(mean_of(values), low, high, int(some.sum()), shuffled, real)
 
+    def each(
+        self, measure: Callable[[Notes], float], outputs: list[Notes], pool: list[Notes]
+    ) -> Score:
+        """Return the mean of what needs one piece alone, beside that of the pool."""
+        values = np.array([measure(n) for n in outputs], np.float64)
+        return self.mean(values, real=mean_of([measure(n) for n in pool]))
+
+    def ratio(self, top: Floats, bottom: Floats, scale: float = 1.0) -> Score:
+        """Return `scale` times the ratio of two sums, of one value per output each."""
+
+        def statistic(sums: Floats) -> Floats:
+            return scale * sums[..., 0] / sums[..., 1]
+
+        columns = np.stack([top, bottom], 1)
+        low, high = self.interval(columns, statistic)
+        return Score(float(statistic(columns.sum(0))), low, high, int((bottom > 0).sum()))
+
     def control(
         self, heard: list[Heard], true: list[Heard] | None, notes: list[str]
     ) -> dict[str, Score]:
-        if true is not None and len(true) != len(heard):
-            raise UserError(
-                f'{len(true)} real pieces but {len(heard)} outputs; "control" compares request i '
-                "with real piece i"
-            )
         found = _columns(map(control_of, self.asked, heard))
         ceiling = None if true is None else _columns(map(control_of, self.asked, true))
         chance: dict[str, list[float]] = {name: [] for name in CONTROL}
@@ -298,9 +347,21 @@ class _Run:
             for name in CONTROL
         }
 
-    def compression(self, heard: list[Heard], true: list[Heard] | None) -> Score:
-        values = np.array([compression_ratio(h.notes) for h in heard])
-        return self.mean(values, real=mean_of([compression_ratio(h.notes) for h in true or []]))
+    def validity(
+        self, outputs: list[Notes], ids: list[Any], amt: AMTConfig, pool: list[Notes],
+        notes: list[str],
+    ) -> dict[str, Score]:  # fmt: skip
+        found: dict[str, Score] = {}
+        counts = np.array([(0, 0) if i is None else grammar_errors(i, amt) for i in ids], float)
+        if counts[:, 1].any():
+            found["grammar_errors"] = self.ratio(counts[:, 0], counts[:, 1], 1000)
+            notes.append("Grammar errors: in 1,000 ids of the outputs that have ids.")
+        else:
+            notes.append("Grammar errors: not counted, as no output has ids.")
+        found["empty"] = self.each(lambda n: float(not len(n)), outputs, pool)
+        most = partial(most_at_once, resolution=amt.resolution)
+        found["most_at_once"] = self.each(most, outputs, pool)
+        return found
 
     def distribution(
         self, outputs: list[Notes], real: list[Notes], notes: list[str]
@@ -357,13 +418,32 @@ class _Run:
         ceiling = 100 * (text * sound[len(audio) :]).sum(1) if real else []
         return self.mean(np.diag(match).copy(), mean_of(match[other]), mean_of(ceiling))
 
+    def rtf(self, music: Floats, wall: float | Sequence[float] | None) -> Score:
+        try:
+            spent = np.asarray(NAN if wall is None else wall, np.float64)
+        except (TypeError, ValueError):
+            spent = np.asarray(NAN)
+        if spent.shape not in ((), music.shape) or not (np.isfinite(spent) & (spent > 0)).all():
+            raise UserError(
+                f'"rtf" needs wall_seconds over 0: of all {len(music)} outputs together or a list '
+                f"with one for each, not {wall!r}"
+            )
+        if spent.ndim:
+            return self.ratio(music, spent)
+        return Score(real_time_factor(music.sum(), float(spent)), n=len(music))
+
     def halves(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         order = np.random.default_rng([self.seed, _STREAM + 2]).permutation(n)
         return np.sort(order[: n // 2]), np.sort(order[n // 2 :])
 
 
-def _check(outputs: Sequence, requested: Sequence, metrics: Sequence[str], resamples: int) -> None:
-    for name, some in (("outputs", outputs), ("requested", requested), ("metrics", metrics)):
+def _check(
+    outputs: Sequence, requested: Sequence, metrics: Sequence[str], resamples: int,
+    paired: dict[str, Sequence | None], pools: dict[str, Sequence | None],
+) -> None:  # fmt: skip
+    given = {"outputs": outputs, "requested": requested, "metrics": metrics}
+    given |= {name: some for name, some in (paired | pools).items() if some is not None}
+    for name, some in given.items():
         if isinstance(some, str | bytes) or not isinstance(some, Sequence):
             raise UserError(f"{name} must be a list, not {type(some).__name__}")
     if len(outputs) != len(requested) or not len(outputs):
@@ -371,6 +451,12 @@ def _check(outputs: Sequence, requested: Sequence, metrics: Sequence[str], resam
             f"{len(outputs)} outputs but {len(requested)} requests; give one request for each "
             "output, and at least one of both"
         )
+    for name in paired:
+        if name in given and len(given[name]) != len(outputs):
+            raise UserError(
+                f"{name} has {len(given[name])} entries, but there are {len(outputs)} outputs; "
+                "give one for each, in the same order"
+            )
     if not metrics:
         raise UserError(f"metrics is empty; choose of {', '.join(METRICS)}")
     for name in metrics:
@@ -382,20 +468,10 @@ def _check(outputs: Sequence, requested: Sequence, metrics: Sequence[str], resam
         raise UserError(f"resamples must be a whole number of at least 2, not {resamples!r}")
 
 
-def _needed(
-    some: Sequence[Audio] | None, name: str, metric: str, length: int | None = None
-) -> Sequence[Audio]:
+def _needed(some: Sequence[Audio] | None, name: str, metric: str) -> Sequence[Audio]:
     if not some:
         raise UserError(f'"{metric}" needs {name}: a list of (samples, rate)')
-    if length is not None and len(some) != length:
-        raise UserError(f"{name} has {len(some)} entries, but there are {length} outputs")
     return some
-
-
-def _real_notes(true: list[Heard] | None) -> list[Notes]:
-    if not true:
-        raise UserError('"distribution" needs real: a list of real pieces')
-    return [h.notes for h in true]
 
 
 def _embedded(audio: Sequence[Audio], embedder: Embedder) -> Floats:

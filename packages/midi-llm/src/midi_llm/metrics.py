@@ -26,8 +26,10 @@ from midi_llm.attributes import (
     pitch_classes,
 )
 from midi_llm.captions import Request
+from midi_llm.grammar import GenerationConstraints, Grammar, Rules
 from midi_llm.midi_read import notes_of_score, read_notes
 from midi_llm.notes import Notes, empty_notes
+from midi_llm.vocab import DRUMS, AMTConfig
 from tenfold_common.errors import UserError, suggest
 from tenfold_common.optional import require
 
@@ -173,6 +175,77 @@ def compression_ratio(notes: Notes, *, resolution: int = 100) -> float:
     rows = np.stack([np.diff(onset, prepend=onset[0]), length, notes.instrument, notes.pitch], 1)
     text = "".join(f"{a} {b} {c} {d}\n" for a, b, c, d in rows.tolist()).encode()
     return len(text) / len(zlib.compress(text, 9))
+
+
+def self_similarity(notes: Notes, *, window: float = 2.0) -> float:
+    """Return the mean cosine of the pitch classes of every two windows: 0 to 1.
+
+    It is the mean of the self-similarity matrix off its diagonal: 1 where one harmony lasts, 0
+    where no pitch class ever comes back. A window counts how many notes of each pitch class begin
+    in it; drums are left out, and so are windows in which nothing begins. NaN with fewer than two.
+
+    Args:
+        notes: In the order of their onsets.
+        window: Seconds. They are no bars, as notes have no tempo.
+
+    Raises:
+        UserError: the window is not over 0.
+    """
+    if not window > 0:
+        raise UserError(f"window must be over 0 seconds, not {window!r}")
+    pitched = notes[notes.instrument < DRUMS]
+    found, which = np.unique(np.floor(pitched.onset / window), return_inverse=True)
+    n = len(found)
+    if n < 2:
+        return float("nan")
+    counts = np.zeros((n, 12))
+    np.add.at(counts, (which, pitched.pitch % 12), 1)
+    total = _unit(counts).sum(0)  # its square is the sum of the whole matrix, whose diagonal is 1
+    return float((total @ total - n) / (n * (n - 1)))
+
+
+def most_at_once(notes: Notes, *, resolution: int = 100) -> int:
+    """Return how many notes begin at one tick at most.
+
+    The public script refuses pieces with more than 64 (`grammar.MOST_AT_ONCE`).
+
+    Args:
+        notes: Any.
+        resolution: Ticks a second.
+    """
+    ticks = np.rint(notes.onset * resolution)
+    return int(np.unique(ticks, return_counts=True)[1].max(initial=0))
+
+
+def grammar_errors(ids: "Sequence[int] | np.ndarray", config: AMTConfig) -> tuple[int, int]:
+    """Count the ids that the grammar of events does not allow where they stand.
+
+    Behind an error the music is read as if it began there, with that id if it may. So a time that
+    falls is one error; an onset that is missing is two, as neither the duration nor the note
+    behind it can begin an event.
+
+    Args:
+        ids: Music ids `[n]` of one window, as `MidiLM.generate` gives them: `continue_` begins
+            anew at each window and `infill` has controls, which would count as errors.
+        config: The grid they are of.
+
+    Returns:
+        The errors, and how many ids there are up to the first separator that ends the music.
+    """
+    rules = Rules(config, GenerationConstraints(min_notes=0))  # an empty piece is no error here
+    grammar = Grammar(rules, max_events=len(ids) + 1)
+    errors = read = 0
+    for id in ids:
+        read += 1
+        if id not in grammar.allowed():
+            errors += 1
+            grammar = Grammar(rules, max_events=len(ids) + 1)
+            if id not in grammar.allowed():
+                continue
+        grammar.push(int(id))
+        if grammar.finished:
+            break
+    return errors, read
 
 
 def real_time_factor(music_seconds: float, wall_seconds: float) -> float:

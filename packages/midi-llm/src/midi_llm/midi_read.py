@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from symusic.core import ScoreTick
 
 MAX_BYTES, MAX_NOTES = 16 * 2**20, 1_000_000
-MAX_ODD = 200_000  # messages of a track that are not of the usual form
+MAX_ODD = 200_000  # messages of a file that are not of the usual form
 UNCLOSED = 0.25  # seconds that a note lasts that nothing ends
-BATCH_BYTES = 2**18  # of files that are read together
+BATCH_BYTES, BATCH_FILES = 2**18, 1000  # of files that are read together
 _PROGRAM, _META = 0xC, 0xFF
 # A time, then perhaps a status that two bytes of data follow, then the data: what nearly all
 # messages are. Cutting them out with these is several times faster than byte by byte in Python.
@@ -74,7 +74,7 @@ def read_many(
     batch = _Batch()
     for source in sources:
         batch.add(source)
-        if batch.bytes >= BATCH_BYTES:
+        if batch.bytes >= BATCH_BYTES or len(batch.results) >= BATCH_FILES:
             yield from batch.notes(max_notes)
             batch = _Batch()
     yield from batch.notes(max_notes)
@@ -89,13 +89,22 @@ def read_score(source: Source) -> "ScoreTick":
     Raises:
         UserError: as of `read_notes`.
     """
-    data, name = _bytes(source)
-    read_notes(data)
+    return read_piece(source)[1]
+
+
+def read_piece(source: Source) -> "tuple[Notes, ScoreTick]":
+    """Read a MIDI file both ways: what sounds, and a `symusic.Score` for tempo, metre and key.
+
+    Raises:
+        UserError: as of `read_notes`.
+    """
     from symusic import Score
 
+    notes = read_notes(source)
+    data, name = _bytes(source)
     reader: Any = Score
     try:
-        return reader.from_midi(data)
+        return notes, reader.from_midi(data)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{name} cannot be read: {error}") from error
 
@@ -103,6 +112,8 @@ def read_score(source: Source) -> "ScoreTick":
 def _bytes(source: Source) -> tuple[bytes, str]:
     if isinstance(source, bytes | bytearray | memoryview):
         data, name = bytes(source), "these bytes"
+    elif not isinstance(source, str | PathLike):
+        raise UserError(f"a source must be a file or its bytes, not {type(source).__name__}")
     else:
         path, name = Path(source), str(source)
         try:
@@ -165,7 +176,7 @@ def _tracks(data: bytes) -> tuple[list[_Track], int]:
         raise UserError("its times are in SMPTE frames; save it with ticks per quarter note")
     if division == 0:
         raise UserError("it says 0 ticks per quarter note")
-    place, found = 8 + length, []
+    place, found, left = 8 + length, [], MAX_ODD
     while place < len(data) and len(found) < tracks:
         size = int.from_bytes(data[place + 4 : place + 8], "big")
         start = place + 8
@@ -176,7 +187,8 @@ def _tracks(data: bytes) -> tuple[list[_Track], int]:
             )
         if data[place : place + 4] == b"MTrk":  # other chunks are to be passed over
             try:
-                found.append(_split(data[start : start + size]))
+                found.append(_split(data[start : start + size], left))
+                left -= len(found[-1].odd)
             except IndexError:
                 raise UserError(f"the track at byte {start} ends within a message") from None
             except ValueError as error:
@@ -188,8 +200,11 @@ def _tracks(data: bytes) -> tuple[list[_Track], int]:
     return found, division
 
 
-def _split(data: bytes) -> _Track:
-    """Cut a track. Raises IndexError where it ends within a message, ValueError(reason, place)."""
+def _split(data: bytes, left: int) -> _Track:
+    """Cut a track with so many odd messages at most.
+
+    Raises IndexError where it ends within a message, else ValueError(reason, place).
+    """
     track = _Track()
     status = i = 0
     while i < len(data):
@@ -227,7 +242,7 @@ def _split(data: bytes) -> _Track:
             raise ValueError(f"status {byte:#x} has no place in a file", i - 1)
         else:
             raise ValueError(_SHORT, i)
-        if len(track.odd) >= MAX_ODD:
+        if len(track.odd) >= left:
             raise ValueError(f"more than {MAX_ODD} messages that are neither notes nor controls", i)
         track.odd.append(message)
     if i > len(data):

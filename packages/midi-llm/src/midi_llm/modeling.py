@@ -294,7 +294,7 @@ def convert(
     out = prepare_output_dir(out)
     for file in [*files, *folder.glob("*.safetensors.index.json")]:
         try:
-            os.link(file, out / file.name)
+            os.link(file.resolve(), out / file.name)  # in a hub's cache they are links themselves
         except OSError:
             shutil.copy2(file, out / file.name)
     config.music_offset = offset

@@ -624,7 +624,9 @@ def log_mel(
         spectrum = np.abs(np.fft.rfft(frames[start : start + 256] * window)) ** 2
         power[:, start : start + 256] = bank @ spectrum.T
     top = max(float(power.max()), 1e-20)
-    return (10 * np.log10(np.maximum(power / top, 1e-8))).astype(np.float32), edges[1:-1]
+    # Both limits: of zero there is no logarithm, and that of 1e-8 may be a little under -80.
+    decibels = np.maximum(10 * np.log10(np.maximum(power / top, 1e-8)), -80)
+    return decibels.astype(np.float32), edges[1:-1]
 
 
 def spectrogram(

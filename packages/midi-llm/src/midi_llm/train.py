@@ -158,7 +158,8 @@ def train(
         folder: New or empty.
         config: How to train.
         resume: Go on from the newest complete checkpoint of the folder.
-        overwrite: Start anew where the folder holds an earlier run.
+        overwrite: Start anew where the folder holds an earlier run, which is deleted; refused if
+            the model or the dataset was loaded from there.
 
     Returns:
         The folder of the model.
@@ -172,9 +173,9 @@ def train(
 
     config, folder = config or TrainConfig(), Path(folder)
     processor.check_model(model)
-    trainer = None
     if not _is_worker():
-        prepare_output_dir(folder, resume=resume, overwrite=overwrite)
+        read = [model.config.name_or_path or None, *(f["filename"] for f in dataset.cache_files)]
+        prepare_output_dir(folder, resume=resume, overwrite=overwrite, inputs=read)
     model.config.use_cache = False
     trainer = make_trainer(model, dataset, folder, config)
     point = resume_point(folder) if resume else None

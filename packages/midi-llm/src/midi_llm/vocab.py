@@ -125,6 +125,11 @@ class AMTConfig:
             raise UserError(
                 f"max_duration {self.max_duration} is longer than max_time {self.max_time}"
             )
+        if self.durations < 2:
+            raise UserError(
+                f"resolution {self.resolution} and max_duration {self.max_duration} leave only "
+                "notes of no length; one of them must be at least 2"
+            )
 
     @classmethod
     def small(cls) -> "AMTConfig":
