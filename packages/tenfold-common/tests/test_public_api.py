@@ -78,10 +78,11 @@ def test_import_costs_under_50_ms_over_bare_python(module):
     # machine is slow or busy, the limit grows in proportion. What a busy machine adds goes away in
     # the least of several rounds, of which there are more as long as that is not under the limit.
     name = f"tenfold_common.{module}".rstrip(".")
-    bare, whole = math.inf, math.inf
+    bare = whole = cost = limit = math.inf
     for _ in range(25):
         bare = min(bare, _processor_time("pass"))
         whole = min(whole, _processor_time(f"import {name}"))
-        if (cost := whole - bare) < (limit := 0.05 * max(1.0, bare / 0.015)):
+        cost, limit = whole - bare, 0.05 * max(1.0, bare / 0.015)
+        if cost < limit:
             break
     assert cost < limit

@@ -506,7 +506,8 @@ def _expand(arguments: argparse.Namespace) -> int:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
         if name := arguments.source:
-            source = AutoModelForCausalLM.from_pretrained(name).get_input_embeddings().weight
+            found: Any = AutoModelForCausalLM.from_pretrained(name).get_input_embeddings()
+            source = found.weight
     except (OSError, ValueError) as error:
         raise UserError(f"{name} cannot be loaded: {error}") from error
     offset = int(model.get_input_embeddings().weight.shape[0])
