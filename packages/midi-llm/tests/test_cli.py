@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -407,7 +408,7 @@ WRONG = {
     "no-file": (["tokenize", "nothing.mid"], "nothing.mid is not there"),
     "folder": (["inspect", "."], "is a folder"),
     "no-ids": (["detokenize", "nothing.json", "--out", "o.mid"], "nothing.json"),
-    "seed": (["inspect", "x", "--seed", "-1"], "a seed is 0 to"),
+    "seed": (["inspect", "x", "--seed", "-1"], "a whole number from 0 to"),
     "metre": (["detokenize", "x", "--out", "o.mid", "--time_signature", "4"], "No such file"),
     "nothing": (["inspect"], "name MIDI files"),
     "render": (["render", "x.mid"], "name --wav, --roll or --spectrogram"),
@@ -583,3 +584,21 @@ def test_rows_of_an_amt_checkpoint(model, tmp_path, capsys):
     rows: Any = found.model.get_input_embeddings()
     wanted: Any = amt.get_input_embeddings()
     assert torch.equal(rows.weight[found.processor.offset :][: grid.size], wanted.weight)
+
+
+def test_no_output_is_an_input_or_another_output(model, midi, tmp_path, capsys):
+    before = Path(midi).read_bytes()
+    named = ("--prompt", "x", "--model", model)
+    for arguments in (
+        ("tokenize", midi, "--json", midi),
+        ("inspect", midi, "--json", midi),
+        ("caption", midi, "--json", midi),
+        ("render", midi, "--wav", midi),
+        ("continue", midi, "--seconds", 1, "--out", midi, *named),
+        ("infill", midi, "--start", 1, "--end", 2, "--out", midi, *named),
+        ("render", midi, "--wav", tmp_path / "a.wav", "--roll", tmp_path / "a.wav"),
+    ):
+        call(*arguments, code=2)
+        assert "would be overwritten" in capsys.readouterr().err, arguments
+    assert Path(midi).read_bytes() == before
+    assert not (tmp_path / "a.wav").exists()

@@ -497,7 +497,7 @@ def test_figures_never_replace_their_input(verb, tmp_path, capsys):
     file = tmp_path / "p.jsonl"
     file.write_text('{"id": "a#0", "confidence": 0.5, "correct": true, "answer": "1"}\n')
     before = file.read_bytes()
-    assert "would overwrite" in refused(capsys, verb, file, "--json", file)
+    assert "would be overwritten" in refused(capsys, verb, file, "--json", file)
     assert "seed is -1" in refused(capsys, verb, file, "--seed", "-1")
     assert file.read_bytes() == before
 

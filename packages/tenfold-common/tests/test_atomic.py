@@ -13,6 +13,7 @@ from tenfold_common import (
     atomic_dir,
     atomic_write,
     check_output_dir,
+    check_output_file,
     is_complete,
     mark_complete,
     newest_complete,
@@ -454,3 +455,12 @@ def test_a_check_deletes_and_makes_nothing(tmp_path):
     assert entries(tmp_path / "out") == ["x"]
     with pytest.raises(UserError, match="not empty"):
         check_output_dir(tmp_path / "out")
+
+
+def test_an_output_file_is_no_input(tmp_path):
+    fill(tmp_path, {"a.json": b"{}"})
+    (tmp_path / "link").symlink_to("a.json")
+    check_output_file(tmp_path / "b.json", inputs=[tmp_path / "a.json", None])
+    for name in ("a.json", "link"):
+        with pytest.raises(UserError, match="would be overwritten"):
+            check_output_file(tmp_path / name, inputs=[None, tmp_path / "a.json"])

@@ -1,4 +1,6 @@
+import argparse
 import errno
+import json
 import logging
 import os
 import pty
@@ -17,6 +19,8 @@ from tenfold_common import (
     run,
     setup_logging,
 )
+from tenfold_common.cli import run_verb, seed_number, whole, write_found
+from tenfold_common.testing import in_fresh_python
 
 PROGRAM = """
 import logging, os, signal, sys, time
@@ -314,3 +318,83 @@ def test_rich_writes_on_a_terminal_if_it_is_there():
 def test_plain_lines_on_a_terminal_without_rich():
     written = on_a_terminal("import sys; sys.modules['rich'] = None; " + SPEAK.format("pass"))
     assert written.strip().endswith("INFO hello [bold]x")
+
+
+# verbs ----------------------------------------------------------------------------------------
+
+
+def verbs_of_a_tool():
+    parser = base_parser("tool", "Does things.", "1.2.3")
+    verb = parser.add_subparsers(dest="verb", required=True).add_parser("do")
+    verb.add_argument("--json")
+    verb.add_argument("--n", type=whole(2, 5), default=2)
+    verb.add_argument("--seed", type=seed_number, default=0)
+    verb.set_defaults(verb_function=do)
+    return parser
+
+
+def do(arguments):
+    DONE.append((arguments.n, arguments.seed, logging.getLogger("tool").level))
+    write_found(arguments, {"n": arguments.n})
+    return 7
+
+
+DONE: list = []
+
+
+def call(*arguments):
+    DONE.clear()
+    return run(lambda argv: run_verb(verbs_of_a_tool(), argv, package="tool"), list(arguments))
+
+
+def test_a_verb_runs_with_its_arguments_and_logging(tmp_path, capsys):
+    file = tmp_path / "found.json"
+    assert call("do", "--n", "5", "--seed", "4294967295", "--json", str(file), "-q") == 7
+    assert DONE == [(5, 2**32 - 1, logging.WARNING)]
+    assert json.loads(file.read_text()) == {"n": 5}
+    assert f"written: {file}" in capsys.readouterr().out
+    assert call("do") == 7
+    assert "written" not in capsys.readouterr().out
+
+
+def test_no_arguments_are_help_and_2(capsys):
+    assert call() == 2
+    assert "usage: tool" in capsys.readouterr().out
+    assert not DONE
+
+
+def test_a_json_that_cannot_be_written_is_said_before_the_work(tmp_path, capsys):
+    assert call("do", "--json", str(tmp_path / "absent" / "a.json")) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert not DONE
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n", v) for v in ("1", "6", "-3", "2.0", "x", "", "1e3", "\u0663", "9" * 4000)]
+    + [("seed", v) for v in ("-1", "4294967296", "0x1")],
+)
+def test_numbers_out_of_range_are_one_line(name, value, capsys):
+    assert call("do", f"--{name}={value}") == 2
+    said = capsys.readouterr().err
+    assert "must be a whole number from" in said
+    assert len(said.splitlines()) == 1
+    assert not DONE
+
+
+def test_an_open_range_names_its_least():
+    with pytest.raises(argparse.ArgumentTypeError, match="of at least 3, not '2'"):
+        whole(3)("2")
+    assert whole(3)("12345678") == 12345678
+
+
+@pytest.mark.parametrize("warnings", [False, True])
+def test_libraries_are_quiet_in_a_pipe(warnings):
+    pytest.importorskip("transformers")
+    code = (
+        "import sys; from tenfold_common.cli import quiet_libraries\n"
+        f"quiet_libraries(warnings={warnings})\n"
+        "from transformers.utils import logging\n"
+        "print(logging.is_progress_bar_enabled(), logging.get_verbosity() == logging.ERROR)"
+    )
+    assert in_fresh_python(code) == f"False {not warnings}"

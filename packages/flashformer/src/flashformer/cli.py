@@ -2,15 +2,22 @@
 
 import argparse
 import dataclasses
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashformer._version import __version__
-from tenfold_common.atomic import check_output_file, write_json
-from tenfold_common.cli import Parser, base_parser, run, setup_logging
+from tenfold_common.cli import (
+    Parser,
+    base_parser,
+    quiet_libraries,
+    run,
+    run_verb,
+    seed_number,
+    whole,
+    write_found,
+)
 from tenfold_common.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,19 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 success; 1 a failed claim, a bug, or in `verify` with fp32 weights a token that differs by
         more than a tie; 2 a wrong input; 130 interrupted.
     """
-    return run(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
-    parser = _parser()
-    if not argv:
-        parser.print_help()
-        return 2
-    arguments = parser.parse_args(argv)
-    setup_logging(-1 if arguments.quiet else arguments.verbose, package="flashformer")
-    if getattr(arguments, "json", None):
-        check_output_file(arguments.json)
-    return arguments.verb_function(arguments)
+    return run(lambda argv: run_verb(_parser(), argv, package="flashformer"), argv)
 
 
 def _parser() -> Parser:
@@ -68,12 +63,12 @@ def _parser() -> Parser:
     _add_name(generate)
     _add_formats(generate)
     generate.add_argument("--prompt", help="text (default: read from standard input)")
-    generate.add_argument("--max_new_tokens", type=_count(), default=128, help="(default 128)")
+    generate.add_argument("--max_new_tokens", type=whole(), default=128, help="(default 128)")
     generate.add_argument("--sample", action="store_true", help="draw tokens (default: greedy)")
     generate.add_argument("--temperature", type=_positive, help="of --sample (default 1)")
-    generate.add_argument("--top_k", type=_count(), help="of --sample")
+    generate.add_argument("--top_k", type=whole(), help="of --sample")
     generate.add_argument("--top_p", type=_share, help="of --sample")
-    generate.add_argument("--seed", type=_seed, help="of --sample (default: a new one)")
+    generate.add_argument("--seed", type=seed_number, help="of --sample (default: a new one)")
     generate.add_argument(
         "--chat", action="store_true", help="put the prompt into the model's chat template"
     )
@@ -82,7 +77,7 @@ def _parser() -> Parser:
     _add_name(verify)
     _add_formats(verify)
     verify.add_argument("--prompt", help="text to start from (default: the first token)")
-    verify.add_argument("--n", type=_count(), default=64, help="greedy tokens (default 64)")
+    verify.add_argument("--n", type=whole(), default=64, help="greedy tokens (default 64)")
 
     bench = verb("bench", _bench, "measure milliseconds a token, ours and peers in one run")
     _add_name(bench)
@@ -91,7 +86,7 @@ def _parser() -> Parser:
         "--peers", nargs="*", default=["eager"], choices=PEERS, help="(default eager)"
     )
     bench.add_argument(
-        "--contexts", nargs="+", type=_count(), default=[64, 512], help="(default 64 512)"
+        "--contexts", nargs="+", type=whole(), default=[64, 512], help="(default 64 512)"
     )
 
     explain = verb("explain", _explain, "what a token costs, stage by stage; needs no weights")
@@ -100,16 +95,16 @@ def _parser() -> Parser:
     explain.add_argument("--head", choices=FORMATS, help="(default int8 for int4)")
     explain.add_argument("--group_size", type=int, default=128, choices=(32, 64, 128))
     explain.add_argument("--gpu", help="such as h200: its units and bandwidth")
-    explain.add_argument("--workers", type=_count(), help="of the plan")
+    explain.add_argument("--workers", type=whole(), help="of the plan")
     explain.add_argument("--bandwidth", type=_positive, help="GB/s (default: that of the GPU)")
-    explain.add_argument("--position", type=_count(0), default=0, help="(default 0)")
+    explain.add_argument("--position", type=whole(0), default=0, help="(default 0)")
 
     demo = verb("demo", _demo, "a small model trained here: same tokens, cost of formats, speed")
     demo.add_argument(
         "--out", default="out/demo/flashformer", metavar="DIR",
         help="folder for figures and pictures (default out/demo/flashformer)",
     )  # fmt: skip
-    demo.add_argument("--seed", type=_seed, default=0, help="(default 0)")
+    demo.add_argument("--seed", type=seed_number, default=0, help="(default 0)")
     demo.add_argument("--full", action="store_true", help="three seeds")
     for each in (info, verify, bench, explain, generate):
         each.add_argument("--json", metavar="FILE", help="also write the figures here")
@@ -129,27 +124,8 @@ def _add_formats(parser: Parser) -> None:
         "--group_size", type=int, choices=(32, 64, 128), help="of int4 (default 128)"
     )
     parser.add_argument("--asymmetric", action="store_true", help="int4 with zero points")
-    parser.add_argument("--max_len", type=_count(), help="longest sequence (default at most 4096)")
-    parser.add_argument("--threads", type=_count(), help="(default: those of torch)")
-
-
-def _count(least: int = 1) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number of at least {least}, not {text}"
-            )
-        return value
-
-    return parse
-
-
-def _seed(text: str) -> int:
-    return _count(0)(text)
+    parser.add_argument("--max_len", type=whole(), help="longest sequence (default at most 4096)")
+    parser.add_argument("--threads", type=whole(), help="(default: those of torch)")
 
 
 def _positive(text: str) -> float:
@@ -181,7 +157,7 @@ def _info(arguments: argparse.Namespace) -> int:
     if not found.ok:
         for reason in found.reasons:
             print(f"not supported: {reason}")
-        _write(arguments, {"supported": False, "reasons": list(found.reasons)})
+        write_found(arguments, {"supported": False, "reasons": list(found.reasons)})
         return 1
     spec = ModelSpec.from_config(config).to_dict()
     print("supported")
@@ -190,7 +166,7 @@ def _info(arguments: argparse.Namespace) -> int:
         if isinstance(value, list | tuple):
             text = value[0] if len(set(value)) == 1 else " ".join(map(str, value))
         print(f"{name:15} {text}")
-    _write(arguments, {"supported": True, "spec": spec})
+    write_found(arguments, {"supported": True, "spec": spec})
     return 0
 
 
@@ -241,7 +217,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     )
     new = found[0, ids.shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
-    _write(arguments, {"prompt": prompt, "text": text, "tokens": new.tolist()})
+    write_found(arguments, {"prompt": prompt, "text": text, "tokens": new.tolist()})
     return 0
 
 
@@ -261,7 +237,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         prompt = _tokenizer(arguments.model)(arguments.prompt, return_tensors="pt").input_ids
     found = verify(model, model.source, prompt=prompt, n=arguments.n)
     print(f"{model!r}\n{found}")
-    _write(arguments, dataclasses.asdict(found))
+    write_found(arguments, dataclasses.asdict(found))
     tie = found.gap is not None and found.gap <= 2 * found.max_error
     return 0 if found.equal or tie or model.weights != "fp32" else 1
 
@@ -277,7 +253,7 @@ def _bench(arguments: argparse.Namespace) -> int:
             f"{row['impl']:28} {row['context']:8d} {row['median_ms']:11.3f} "
             f"{1000 / row['median_ms']:9.0f}"
         )
-    _write(arguments, {"model": arguments.model, "rows": rows})
+    write_found(arguments, {"model": arguments.model, "rows": rows})
     return 0
 
 
@@ -296,7 +272,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         position=arguments.position,
     )
     print(found)
-    _write(arguments, dataclasses.asdict(found))
+    write_found(arguments, dataclasses.asdict(found))
     return 0
 
 
@@ -305,7 +281,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
-    _quiet_libraries()
+    quiet_libraries()
     from flashformer.demo import run_demo
 
     result = run_demo(out, seed=arguments.seed, full=arguments.full)
@@ -319,7 +295,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _compiled(arguments: argparse.Namespace) -> "FlashModel":
     """Load a compiled folder, or compile a model."""
-    _quiet_libraries()
+    quiet_libraries()
     from flashformer import files
     from flashformer.api import from_pretrained, load
 
@@ -343,7 +319,7 @@ def _compiled(arguments: argparse.Namespace) -> "FlashModel":
 
 
 def _config(name: str) -> Any:
-    _quiet_libraries()
+    quiet_libraries()
     from flashformer.checkpoints import load_config
 
     return load_config(name)
@@ -359,18 +335,3 @@ def _tokenizer(name: str, *, needed: bool = True) -> Any:
             return None
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{name} has no tokenizer that loads: {reason}") from error
-
-
-def _write(arguments: argparse.Namespace, value: dict[str, Any]) -> None:
-    if arguments.json:
-        write_json(arguments.json, value)
-        print(f"written: {arguments.json}")
-
-
-def _quiet_libraries() -> None:
-    """Keep transformers' progress bars and advice out of a command's output."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -5,7 +5,6 @@ Nothing but the standard library is imported until a verb runs, so that help is 
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +15,17 @@ from tenfold_common.atomic import (
     check_output_dir,
     check_output_file,
     prepare_output_dir,
-    write_json,
 )
-from tenfold_common.cli import Parser, base_parser, run, setup_logging
+from tenfold_common.cli import (
+    Parser,
+    base_parser,
+    quiet_libraries,
+    run,
+    run_verb,
+    seed_number,
+    whole,
+    write_found,
+)
 from tenfold_common.errors import UserError
 from tenfold_common.optional import require
 
@@ -48,17 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 success, 1 a failed claim or a bug, 2 a wrong input, 130 interrupted.
     """
-    return run(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
-    parser = _parser()
-    if not argv:
-        parser.print_help()
-        return 2
-    arguments = parser.parse_args(argv)
-    setup_logging(-1 if arguments.quiet else arguments.verbose, package="midi_llm")
-    return arguments.verb_function(arguments)
+    return run(lambda argv: run_verb(_parser(), argv, package="midi_llm"), argv)
 
 
 def _parser() -> Parser:
@@ -69,15 +66,17 @@ def _parser() -> Parser:
         made = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         made.set_defaults(verb_function=function)
         made.add_argument("--json", metavar="FILE", help="also write what was found here")
-        made.add_argument("--seed", type=_seed, default=0, help="fixes every choice (default 0)")
+        made.add_argument(
+            "--seed", type=seed_number, default=0, help="fixes every choice (default 0)"
+        )
         return made
 
     generate = verb("generate", _generate, "write MIDI files for a text")
     generate.add_argument("prompt", metavar="TEXT")
     generate.add_argument("--out", required=True, metavar="FOLDER", help="for take-1.mid, ...")
-    generate.add_argument("--n", type=_count, default=1, help="takes (default 1)")
+    generate.add_argument("--n", type=whole(), default=1, help="takes (default 1)")
     generate.add_argument(
-        "--max_notes", type=_count, help="rests included (default 682, or what the model can read)"
+        "--max_notes", type=whole(), help="rests included (default 682, or what the model can read)"
     )
     _add_model(generate)
     _add_sampling(generate)
@@ -92,7 +91,7 @@ def _parser() -> Parser:
     infill.add_argument("--end", type=float, required=True, help="second at which it ends")
     infill.add_argument("--keep", nargs="+", default=[], metavar="INSTRUMENT")
     infill.add_argument("--out", required=True, metavar="FILE")
-    infill.add_argument("--max_notes", type=_count, help="that are new (default: no limit)")
+    infill.add_argument("--max_notes", type=whole(), help="that are new (default: no limit)")
     _add_model(infill)
     _add_sampling(infill)
     _add_constraints(infill)
@@ -103,7 +102,7 @@ def _parser() -> Parser:
     go_on.add_argument("--prompt", required=True, metavar="TEXT")
     go_on.add_argument("--seconds", type=float, required=True, help="how much to add")
     go_on.add_argument("--out", required=True, metavar="FILE")
-    go_on.add_argument("--max_notes", type=_count, help="that are new (default: no limit)")
+    go_on.add_argument("--max_notes", type=whole(), help="that are new (default: no limit)")
     _add_model(go_on)
     _add_sampling(go_on)
     _add_constraints(go_on)
@@ -157,9 +156,9 @@ def _parser() -> Parser:
         "--captions", metavar="FILE",
         help="of sft: JSON lines with file and caption; without it they are written from the music",
     )  # fmt: skip
-    prepare.add_argument("--length", type=_count, default=2048, help="ids of a row (default 2048)")
+    prepare.add_argument("--length", type=whole(), default=2048, help="ids of a row (default 2048)")
     prepare.add_argument(
-        "--copies", type=_count, metavar="N",
+        "--copies", type=whole(), metavar="N",
         help="of sft: how often each piece comes (default 1); where the model's grid has controls, "
         "the 2nd copy of ten is for filling in spans, the 3rd to 6th random notes, the 7th to 10th "
         "whole instruments",
@@ -169,7 +168,7 @@ def _parser() -> Parser:
         help="of sft: share of captions that lose some of their sentences (default 0)",
     )  # fmt: skip
     prepare.add_argument(
-        "--workers", type=_count, default=1, metavar="N",
+        "--workers", type=whole(), default=1, metavar="N",
         help="processes; the rows are the same for any number (default 1)",
     )  # fmt: skip
     prepare.add_argument("--all", action="store_true", help="short and long pieces too")
@@ -180,13 +179,13 @@ def _parser() -> Parser:
     train.add_argument("--data", required=True, metavar="FOLDER")
     train.add_argument("--out", required=True, metavar="FOLDER")
     for name, kind, default in (
-        ("steps", _count, 1000), ("lr", float, 1e-4), ("music_lr", float, 3e-4),
-        ("batch_size", _count, 8), ("accumulation", _count, 1), ("warmup", float, 0.02),
-        ("save_every", _count, 500), ("log_every", _count, 10),
+        ("steps", whole(), 1000), ("lr", float, 1e-4), ("music_lr", float, 3e-4),
+        ("batch_size", whole(), 8), ("accumulation", whole(), 1), ("warmup", float, 0.02),
+        ("save_every", whole(), 500), ("log_every", whole(), 10),
     ):  # fmt: skip
         train.add_argument(f"--{name}", type=kind, default=default, help=f"(default {default})")
     train.add_argument("--bf16", action="store_true")
-    train.add_argument("--lora", type=_count, metavar="RANK", help="adapters and music rows alone")
+    train.add_argument("--lora", type=whole(), metavar="RANK", help="adapters and music rows alone")
     train.add_argument("--resume", action="store_true", help="from the newest whole checkpoint")
     train.add_argument("--overwrite", action="store_true")
 
@@ -209,7 +208,7 @@ def _parser() -> Parser:
     evaluate.add_argument(
         "--shrinkage", type=float, help="of fad's covariances, where pieces are few: 0 to 1"
     )
-    evaluate.add_argument("--resamples", type=_count, default=2000, help="of the bootstrap")
+    evaluate.add_argument("--resamples", type=whole(), default=2000, help="of the bootstrap")
 
     render = verb("render", _render, "turn a MIDI file into sound and pictures")
     render.add_argument("file", metavar="FILE")
@@ -314,7 +313,7 @@ def _model(arguments: argparse.Namespace) -> Any:
         if not arguments.processor:
             raise UserError("a server's model needs --processor, the folder it was loaded from")
         return ServerMidiLM(arguments.model, TextMidiProcessor.from_pretrained(arguments.processor))
-    _quiet_libraries()
+    quiet_libraries()
     if engine == "vllm":
         from midi_llm.vllm_engine import VLLMMidiLM
 
@@ -344,7 +343,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         output.save(file)
         print(f"{file}: {len(output.notes)} notes, {output.seconds:.1f} s, {output.finish_reason}")
         rows.append(_about(file, output))
-    _write(arguments, {"prompt": arguments.prompt, "takes": rows})
+    write_found(arguments, {"prompt": arguments.prompt, "takes": rows})
     return 0
 
 
@@ -387,7 +386,7 @@ def _change(arguments: argparse.Namespace, method: str, own: dict[str, Any]) -> 
         f"{file}: {len(output.notes)} notes ({added:+d}), {output.seconds:.1f} s, "
         f"{output.finish_reason}"
     )
-    _write(arguments, _about(file, output))
+    write_found(arguments, _about(file, output))
     return 0
 
 
@@ -412,7 +411,7 @@ def _tokenize(arguments: argparse.Namespace) -> int:
         found = [tokenizer.encode(arguments.file).ids]
     for ids in found:
         print(json.dumps(ids))
-    _write(arguments, {"file": arguments.file, "grid": tokenizer.amt.to_dict(), "ids": found})
+    write_found(arguments, {"file": arguments.file, "grid": tokenizer.amt.to_dict(), "ids": found})
     return 0
 
 
@@ -441,7 +440,7 @@ def _detokenize(arguments: argparse.Namespace) -> int:
     notes = notes_of_events(events, tokenizer.amt)
     write_midi(notes, arguments.out, _style(arguments))
     print(f"{arguments.out}: {len(notes)} notes, {notes.end:.1f} s")
-    _write(arguments, {"file": arguments.out, "notes": len(notes), "seconds": notes.end})
+    write_found(arguments, {"file": arguments.out, "notes": len(notes), "seconds": notes.end})
     return 0
 
 
@@ -453,7 +452,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         names = {number: instrument_name(number) for number in range(DRUMS + 1)}
         for number, name in names.items():
             print(f"{number:3d} {name}")
-        _write(arguments, {"instruments": names})
+        write_found(arguments, {"instruments": names})
         return 0
     if not arguments.files:
         raise UserError("name MIDI files, or give --instruments")
@@ -471,7 +470,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
             f"{metre}, {found.seconds:.1f} s, {found.notes_per_second:.1f} notes/s, {names}"
         )
         rows.append({"file": file, **found.to_dict()})
-    _write(arguments, {"files": rows})
+    write_found(arguments, {"files": rows})
     return 0
 
 
@@ -485,7 +484,7 @@ def _caption(arguments: argparse.Namespace) -> int:
         text = describe(analyze(file), style=arguments.style, seed=arguments.seed + number)
         print(f"{file}: {text}" if len(arguments.files) > 1 else text)
         rows.append({"file": file, "caption": text})
-    _write(arguments, {"captions": rows})
+    write_found(arguments, {"captions": rows})
     return 0
 
 
@@ -493,7 +492,7 @@ def _expand(arguments: argparse.Namespace) -> int:
     _check_json(arguments)
     named = {"overwrite": arguments.overwrite, "inputs": [arguments.base, arguments.source]}
     check_output_dir(arguments.out, **named)
-    _quiet_libraries()
+    quiet_libraries()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from midi_llm.decode import MidiLM
@@ -516,18 +515,18 @@ def _expand(arguments: argparse.Namespace) -> int:
     MidiLM(model, TextMidiProcessor(tokenizer, amt, offset)).save_pretrained(out)
     size = int(model.get_input_embeddings().weight.shape[0])
     print(f"{out}: {size} rows, music from {offset} on")
-    _write(arguments, {"folder": str(out), "rows": size, "offset": offset})
+    write_found(arguments, {"folder": str(out), "rows": size, "offset": offset})
     return 0
 
 
 def _convert(arguments: argparse.Namespace) -> int:
     _check_json(arguments)
-    _quiet_libraries()
+    quiet_libraries()
     from midi_llm.modeling import convert
 
     out = convert(arguments.folder, arguments.out)
     print(f"{out}: ready for --model")
-    _write(arguments, {"folder": str(out)})
+    write_found(arguments, {"folder": str(out)})
     return 0
 
 
@@ -552,7 +551,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
     left: Counter[str] = Counter()
     sources = _pieces(arguments, left)
-    _quiet_libraries()
+    quiet_libraries()
     from midi_llm.data import Filters, Recipe, write_dataset
     from midi_llm.modeling import TextMidiProcessor
 
@@ -577,7 +576,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
     )
     for reason, count in sorted(left.items()):
         print(f"left out: {count} {reason}")
-    _write(arguments, {"folder": arguments.out, "rows": found.rows, "pieces": found.used,
+    write_found(arguments, {"folder": arguments.out, "rows": found.rows, "pieces": found.used,
                        "left_out": dict(left)})  # fmt: skip
     return 0
 
@@ -655,7 +654,7 @@ def _numbered_rows(path: str, *names: str) -> list[tuple[int, dict[str, Any]]]:
 
 def _train(arguments: argparse.Namespace) -> int:
     _check_json(arguments)
-    _quiet_libraries()
+    quiet_libraries()
     from datasets import load_from_disk
 
     from midi_llm.decode import MidiLM
@@ -686,7 +685,7 @@ def _train(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )  # fmt: skip
     print(f"{folder}: trained for {config.steps} steps")
-    _write(arguments, {"folder": str(folder)})
+    write_found(arguments, {"folder": str(folder)})
     return 0
 
 
@@ -727,7 +726,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         shrinkage=arguments.shrinkage, resamples=arguments.resamples, seed=arguments.seed,
     )  # fmt: skip
     print(found.table())
-    _write(arguments, found.to_dict())
+    write_found(arguments, found.to_dict())
     return 0
 
 
@@ -794,7 +793,7 @@ def _render(arguments: argparse.Namespace) -> int:
         piano_roll(arguments.file, arguments.roll)
     written = [target for target in targets if target]
     print("\n".join(written))
-    _write(arguments, {"written": written})
+    write_found(arguments, {"written": written})
     return 0
 
 
@@ -804,7 +803,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     def ready(address: str) -> None:
         print(f"serving {address} until Ctrl-C", flush=True)
-        _write(arguments, {"address": address})
+        write_found(arguments, {"address": address})
 
     serve(
         _model(arguments), host=arguments.host, port=arguments.port, max_queue=arguments.max_queue,
@@ -820,49 +819,22 @@ def _demo(arguments: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
-    _quiet_libraries()
+    quiet_libraries()
     from midi_llm.demo import run_demo
 
     result = run_demo(out, seed=arguments.seed, full=arguments.full, data=arguments.data)
     result.save(out)
     print(result.markdown())
-    _write(arguments, result.to_dict())
+    write_found(arguments, result.to_dict())
     return 0 if result.passed else 1
 
 
 def _check_json(arguments: argparse.Namespace, *others: str | None) -> None:
+    """Check the file of --json and other outputs: none is an input, or another output."""
+    names = ("file", "ids", "requests", "text", "captions", "exclude")
+    taken = [getattr(arguments, name, None) for name in names] + list(
+        getattr(arguments, "files", [])
+    )
     for output in filter(None, (arguments.json, *others)):
-        check_output_file(output)
-
-
-def _write(arguments: argparse.Namespace, value: dict[str, Any]) -> None:
-    if arguments.json:
-        write_json(Path(arguments.json), value)
-        print(f"written: {arguments.json}")
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"a seed is 0 to {2**31 - 1}, not {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return value
-
-
-def _quiet_libraries() -> None:
-    """Keep transformers' progress bars and advice out of a command's output."""
-    import os
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+        check_output_file(output, inputs=taken)
+        taken.append(output)

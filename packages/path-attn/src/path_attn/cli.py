@@ -25,7 +25,7 @@ from path_attn.config import (
 )
 from path_attn.files import check_model_folder, check_text_file
 from tenfold_common.atomic import check_output_file, write_json
-from tenfold_common.cli import Parser, base_parser, run, setup_logging
+from tenfold_common.cli import Parser, base_parser, quiet_libraries, run, run_verb
 from tenfold_common.errors import UserError, suggest
 
 DESCRIPTION = "PaTH attention: train, evaluate, convert and check models."
@@ -49,16 +49,12 @@ def _main(argv: list[str]) -> int:
         from path_attn.bench import main as bench
 
         return bench(argv[1:]) or 0
-    parser = _parser()
-    if not argv:
-        parser.print_help()
-        return 2
-    arguments = parser.parse_args(argv)
-    quiet = -1 if arguments.quiet else arguments.verbose
-    setup_logging(quiet, package="path_attn")
-    if arguments.verb_function is None:
-        parser.error("options of bench come after the verb: path-attn bench WHAT ...")
-    return arguments.verb_function(arguments)
+    return run_verb(_parser(), argv, package="path_attn")
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    del arguments
+    raise UserError("options of bench come after the verb: path-attn bench WHAT ...")
 
 
 def _parser() -> Parser:
@@ -115,7 +111,7 @@ def _parser() -> Parser:
 
     verb(
         "bench",
-        None,
+        _bench,
         "measure speed and memory against other attention; see path-attn bench --help",
     )
 
@@ -189,7 +185,7 @@ def _train(arguments: argparse.Namespace) -> int:
     config.resolved()
     if config.data is not None:  # before torch is loaded, so that a wrong path is answered at once
         check_text_file(config.data)
-    _quiet_libraries()
+    quiet_libraries(warnings=True)
     from tenfold_common.trainer import Stopped
 
     try:
@@ -266,9 +262,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     check_model_folder(arguments.model)
     if arguments.data:
         check_text_file(arguments.data)
-    if arguments.json:
-        check_output_file(arguments.json)
-    _quiet_libraries()
+    quiet_libraries(warnings=True)
     from path_attn.evaluate import evaluate_model, report_markdown
     from path_attn.training import load_run, read_run_config
 
@@ -301,7 +295,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     check_model_folder(arguments.model)
     if arguments.prompt_file:
         check_text_file(arguments.prompt_file)
-    _quiet_libraries()
+    quiet_libraries(warnings=True)
     from path_attn.evaluate import continue_text
     from path_attn.training import load_run
 
@@ -362,7 +356,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise UserError(f"seed is {arguments.seed}; it must not be negative.")
     if arguments.data:
         check_text_file(arguments.data)
-    _quiet_libraries()
+    quiet_libraries(warnings=True)
     from path_attn.convert import ConvertConfig
     from path_attn.convert_run import convert_folder
 
@@ -392,8 +386,6 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     if arguments.seed < 0:
         raise UserError(f"seed is {arguments.seed}; it must not be negative.")
-    if arguments.json:
-        check_output_file(arguments.json)
     from path_attn.check import run_check, table
 
     rows = run_check(arguments.device, seed=arguments.seed)
@@ -415,7 +407,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; --out needs a folder.")
-    _quiet_libraries()
+    quiet_libraries(warnings=True)
     from path_attn.demo import run_demo
 
     out.mkdir(parents=True, exist_ok=True)
@@ -427,11 +419,3 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def _quiet_libraries() -> None:
-    """Show the progress bars of transformers on a terminal only."""
-    if not sys.stderr.isatty():
-        from transformers.utils import logging as library
-
-        library.disable_progress_bar()

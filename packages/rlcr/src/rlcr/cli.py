@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rlcr._version import __version__
 from rlcr.options import TrainOptions, key_values, kind_of, read_options_file
 from tenfold_common.atomic import atomic_write, check_output_file, write_json
-from tenfold_common.cli import Parser, base_parser, run, setup_logging
+from tenfold_common.cli import Parser, base_parser, quiet_libraries, run, run_verb
 from tenfold_common.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,17 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 success, 1 a failed claim or a bug, 2 a wrong input, 130 interrupted, 143 a training run
         stopped by SIGTERM.
     """
-    return run(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
-    parser = _parser()
-    if not argv:
-        parser.print_help()
-        return 2
-    arguments = parser.parse_args(argv)
-    setup_logging(-1 if arguments.quiet else arguments.verbose, package="rlcr")
-    return arguments.verb_function(arguments)
+    return run(lambda argv: run_verb(_parser(), argv, package="rlcr"), argv)
 
 
 def _parser() -> Parser:
@@ -223,7 +213,7 @@ def _train(arguments: argparse.Namespace) -> int:
     for path in (options.data, options.warmup_data):
         if path and path != "toy":
             check_rows(path)  # answered at once, not after torch and trl are loaded
-    _quiet_libraries()
+    quiet_libraries(warnings=True)
     from rlcr.training import train
     from tenfold_common.trainer import Stopped
 
@@ -256,7 +246,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from rlcr.files import read_rows
 
     rows = read_rows(arguments.data)[: arguments.limit]  # a wrong path is answered at once
-    _quiet_libraries()
+    quiet_libraries(warnings=True)
     from rlcr.data import from_rows
     from rlcr.evaluation import evaluate, summary
     from rlcr.prompts import prompt_hash
@@ -320,9 +310,7 @@ def _check_figures(arguments: argparse.Namespace) -> None:
     """Check --json and --seed before the work."""
     _check_seed(arguments)
     if arguments.json:
-        check_output_file(arguments.json)
-        if Path(arguments.json).resolve() == Path(arguments.file).resolve():
-            raise UserError(f"--json would overwrite {arguments.file}; name another file.")
+        check_output_file(arguments.json, inputs=[arguments.file])
 
 
 def _check_seed(arguments: argparse.Namespace) -> None:
@@ -477,7 +465,7 @@ def _data(arguments: argparse.Namespace) -> int:
         raise UserError(f"{arguments.out} is there already; choose another file.")
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"limit must be at least 1, not {arguments.limit}.")
-    _quiet_libraries()
+    quiet_libraries(warnings=True)
     from rlcr.data import read_benchmark, read_bigmath
 
     layout = {
@@ -522,7 +510,7 @@ def _toy(arguments: argparse.Namespace) -> int:
     if len(set(arguments.arms)) < len(arguments.arms):
         raise UserError(f"arms names one twice: {' '.join(arguments.arms)}.")
     out = _folder(arguments)
-    _quiet_libraries()
+    quiet_libraries(warnings=True)
     from rlcr.demo import run_toy
 
     result = run_toy(out, ToySettings(**given), tuple(arguments.arms), seed=arguments.seed)
@@ -533,7 +521,7 @@ def _toy(arguments: argparse.Namespace) -> int:
 
 def _demo(arguments: argparse.Namespace) -> int:
     out = _folder(arguments)
-    _quiet_libraries()
+    quiet_libraries(warnings=True)
     from rlcr.demo import run_demo
 
     result = run_demo(out, seed=arguments.seed, full=arguments.full)
@@ -563,14 +551,3 @@ def _checked_folder(path: str) -> Path:
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"cannot write to {out}: the folder {there} is not writable.")
     return out
-
-
-def _quiet_libraries() -> None:
-    """Keep progress bars of libraries out of logs and pipes."""
-    if sys.stderr.isatty():
-        return
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()

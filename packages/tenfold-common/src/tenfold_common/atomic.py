@@ -290,14 +290,18 @@ def write_json(path: str | Path, value: object) -> None:
         file.write("\n")
 
 
-def check_output_file(path: str | Path) -> None:
+def check_output_file(
+    path: str | Path, *, inputs: Iterable[str | os.PathLike[str] | None] = ()
+) -> None:
     """Say before a long job whether its output file can be written.
 
     Args:
         path: The file to be written later.
+        inputs: Files that the job reads, or writes too; None is passed over.
 
     Raises:
-        UserError: it is a folder, or the folder it lies in is absent or not writable.
+        UserError: it is a folder or one of the inputs, or the folder it lies in is absent or not
+            writable.
     """
     path = Path(path)
     if path.is_dir():
@@ -306,6 +310,8 @@ def check_output_file(path: str | Path) -> None:
         raise UserError(f"cannot write {path}: there is no folder {path.parent}.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {path}: the folder {path.parent} is not writable.")
+    if any(one is not None and Path(one).resolve() == path.resolve() for one in inputs):
+        raise UserError(f"{path} would be overwritten; name another file.")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from typing import NoReturn
 
+from tenfold_common.atomic import check_output_file, write_json
 from tenfold_common.errors import CheckpointError, MissingDependencyError, UserError, suggest
 from tenfold_common.optional import is_available
 
@@ -149,6 +151,74 @@ def base_parser(prog: str, description: str, version: str) -> Parser:
     parser.add_argument("--version", action="version", version=f"{prog} {version}")
     parser.set_defaults(verbose=0, quiet=False, debug=False)
     return parser
+
+
+def run_verb(parser: argparse.ArgumentParser, argv: Sequence[str], *, package: str) -> int:
+    """Parse arguments, set up logging, and call what the verb has set as its `verb_function`.
+
+    A file of `--json` is checked before.
+
+    Args:
+        parser: Of `base_parser`; each verb has `set_defaults(verb_function=...)`.
+        argv: The arguments. Without any, help is printed.
+        package: The import name, for `setup_logging`.
+
+    Returns:
+        What the verb returns; 2 without arguments.
+    """
+    if not argv:
+        parser.print_help()
+        return 2
+    arguments = parser.parse_args(argv)
+    setup_logging(-1 if arguments.quiet else arguments.verbose, package=package)
+    if getattr(arguments, "json", None):
+        check_output_file(arguments.json)
+    return arguments.verb_function(arguments)
+
+
+def whole(least: int = 1, most: int | None = None) -> Callable[[str], int]:
+    """Return a `type` of argparse: whole numbers from `least` up to `most`."""
+
+    def read(text: str) -> int:
+        value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else None
+        if value is None or value < least or (most is not None and value > most):
+            limit = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be a whole number {limit}, not {text!r}")
+        return value
+
+    return read
+
+
+seed_number = whole(0, 2**32 - 1)  # what numpy's and torch's generators both take
+
+
+def write_found(arguments: argparse.Namespace, value: object) -> None:
+    """Write what a verb found to the file of `--json`, if it was given, and say so."""
+    if arguments.json:
+        write_json(arguments.json, value)
+        print(f"written: {arguments.json}")
+
+
+def quiet_libraries(*, warnings: bool = False) -> None:
+    """Keep progress bars of transformers, datasets and the hub out of pipes and logs.
+
+    Call it before those are imported.
+
+    Args:
+        warnings: Whether transformers still warns, and shows its bars on a terminal: for jobs that
+            take long. Else a command's output is its own alone.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not is_available("transformers") or (warnings and sys.stderr.isatty()):
+        return
+    from transformers.utils import logging as library
+
+    library.disable_progress_bar()
+    if not warnings:
+        library.set_verbosity_error()
 
 
 def setup_logging(verbosity: int = 0, *, package: str | None = None) -> None:

@@ -5,14 +5,22 @@ Nothing but the standard library is imported until a verb runs, so that help is 
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tenfold_common.atomic import check_output_file, write_json
-from tenfold_common.cli import Parser, base_parser, run, setup_logging
+from tenfold_common.atomic import check_output_file
+from tenfold_common.cli import (
+    Parser,
+    base_parser,
+    quiet_libraries,
+    run,
+    run_verb,
+    seed_number,
+    whole,
+    write_found,
+)
 from tenfold_common.errors import UserError
 from tenfold_common.results import environment
 from wavelength_rsa._version import __version__
@@ -40,17 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 success, 1 a failed claim or a bug, 2 a wrong input, 130 interrupted.
     """
-    return run(_main, argv)
-
-
-def _main(argv: list[str]) -> int:
-    parser = _parser()
-    if not argv:
-        parser.print_help()
-        return 2
-    arguments = parser.parse_args(argv)
-    setup_logging(-1 if arguments.quiet else arguments.verbose, package="wavelength_rsa")
-    return arguments.verb_function(arguments)
+    return run(lambda argv: run_verb(_parser(), argv, package="wavelength_rsa"), argv)
 
 
 def _parser() -> Parser:
@@ -85,9 +83,9 @@ def _parser() -> Parser:
         "--out", required=True, metavar="FILE",
         help="report, JSON; with --task both NAME-listener.json and NAME-speaker.json",
     )  # fmt: skip
-    evaluate.add_argument("--limit", type=_count(), metavar="N", help="only the first items")
+    evaluate.add_argument("--limit", type=whole(), metavar="N", help="only the first items")
     evaluate.add_argument("--overwrite", action="store_true", help="replace reports that are there")
-    evaluate.add_argument("--resamples", type=_count(2), default=10_000, help="of the bootstrap")
+    evaluate.add_argument("--resamples", type=whole(2), default=10_000, help="of the bootstrap")
     _add_model(evaluate)
     _add_listening(evaluate)
     _add_speaking(evaluate)
@@ -101,7 +99,9 @@ def _parser() -> Parser:
     report = verb("report", _report, "show a report, or the paired difference of two")
     report.add_argument("file", metavar="FILE", help="as written by eval")
     report.add_argument("--compare", metavar="FILE", help="a second report on the same data")
-    report.add_argument("--seed", type=_seed, default=0, help="fixes the bootstrap (default 0)")
+    report.add_argument(
+        "--seed", type=seed_number, default=0, help="fixes the bootstrap (default 0)"
+    )
 
     human = verb("human-baseline", _human, "what people and trivial players reach on the items")
     human.add_argument("--data", required=True, metavar="FILE")
@@ -109,11 +109,9 @@ def _parser() -> Parser:
     human.add_argument(
         "--step", type=int, default=5, choices=STEPS, help="of the positions (default 5)"
     )
+    human.add_argument("--splits", type=whole(), default=20, help="random halves for the RSA table")
     human.add_argument(
-        "--splits", type=_count(), default=20, help="random halves for the RSA table"
-    )
-    human.add_argument(
-        "--seed", type=_seed, default=0, help="fixes halves and bootstrap (default 0)"
+        "--seed", type=seed_number, default=0, help="fixes halves and bootstrap (default 0)"
     )
 
     fit = verb("fit-alpha", _fit, "fit the rationality of an RSA listener to human responses")
@@ -121,7 +119,7 @@ def _parser() -> Parser:
     _add_model(fit, required=False)
     _add_listening(fit)
     fit.add_argument(
-        "--folds", type=_count(2), default=10, help="of the cross-validation (default 10)"
+        "--folds", type=whole(2), default=10, help="of the cross-validation (default 10)"
     )
     fit.add_argument("--json", metavar="FILE", help="also write the figures here")
 
@@ -133,7 +131,7 @@ def _parser() -> Parser:
         "--role", default="speak", choices=("speak", "listen"),
         help="what you do: give clues, or guess (default speak)",
     )  # fmt: skip
-    play.add_argument("--rounds", type=_count(), default=5, help="(default 5)")
+    play.add_argument("--rounds", type=whole(), default=5, help="(default 5)")
     play.add_argument("--data", metavar="FILE", help="scales to play on (default: some of its own)")
 
     demo = verb("demo", _demo, "direct, step-by-step and pragmatic speakers in a world made here")
@@ -141,7 +139,9 @@ def _parser() -> Parser:
         "--out", default="out/demo/wavelength-rsa", metavar="DIR",
         help="folder for figures and pictures (default out/demo/wavelength-rsa)",
     )  # fmt: skip
-    demo.add_argument("--seed", type=_seed, default=0, help="fixes world and models (default 0)")
+    demo.add_argument(
+        "--seed", type=seed_number, default=0, help="fixes world and models (default 0)"
+    )
     demo.add_argument("--full", action="store_true", help="three seeds")
     return parser
 
@@ -168,7 +168,7 @@ def _add_model(parser: Parser, *, required: bool = True) -> None:
     )  # fmt: skip
     parser.add_argument("--trust_remote_code", action="store_true")
     parser.add_argument("--cache", metavar="FILE", help="keep and reuse what the models say")
-    parser.add_argument("--seed", type=_seed, default=0, help="fixes all samples (default 0)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="fixes all samples (default 0)")
 
 
 def _add_listening(parser: Parser) -> None:
@@ -180,7 +180,7 @@ def _add_listening(parser: Parser) -> None:
     parser.add_argument(
         "--step", type=int, default=5, choices=STEPS, help="of the positions (default 5)"
     )
-    parser.add_argument("--num_samples", type=_count(), default=32, help="of a sampling listener")
+    parser.add_argument("--num_samples", type=whole(), default=32, help="of a sampling listener")
     parser.add_argument(
         "--normalize", default="none", choices=NORMALIZE, help="of answers' log-probabilities"
     )
@@ -189,13 +189,13 @@ def _add_listening(parser: Parser) -> None:
         help="text scored after every answer; 'turn' takes the chat template's end of turn",
     )  # fmt: skip
     parser.add_argument(
-        "--max_tokens", type=_count(), help="limit of a reply (default 24, with reasoning 1024)"
+        "--max_tokens", type=whole(), help="limit of a reply (default 24, with reasoning 1024)"
     )
 
 
 def _add_speaking(parser: Parser) -> None:
     parser.add_argument(
-        "--num_candidates", type=_count(), default=32, help="clues sampled (default 32)"
+        "--num_candidates", type=whole(), default=32, help="clues sampled (default 32)"
     )
     parser.add_argument("--cot", action="store_true", help="the speaker reasons before each clue")
     parser.add_argument(
@@ -227,28 +227,6 @@ def _add_judge(parser: Parser) -> None:
     )
 
 
-def _count(least: int = 1) -> Callable[[str], int]:
-    """Return a reader of whole numbers; wrong ones are refused before a model is loaded."""
-
-    def read(text: str) -> int:
-        number = int(text) if text.isascii() and text.isdecimal() else -1
-        if number < least:
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number of at least {least}, not {text!r}"
-            )
-        return number
-
-    return read
-
-
-def _seed(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and int(text) < 2**32):
-        raise argparse.ArgumentTypeError(
-            f"must be a whole number from 0 to {2**32 - 1}, not {text!r}"
-        )
-    return int(text)
-
-
 def _weight(text: str) -> float:
     try:
         number = float(text)
@@ -277,7 +255,9 @@ def _listen(arguments: argparse.Namespace) -> int:
     ]
     for row in rows:
         print(f"{row['clue']}: mean {row['mean']:.1f}, sd {row['sd']:.1f}, mode {row['argmax']:g}")
-    _write(arguments, {"scale": [scale.left, scale.right], **listener.describe(), "clues": rows})
+    write_found(
+        arguments, {"scale": [scale.left, scale.right], **listener.describe(), "clues": rows}
+    )
     return 0
 
 
@@ -317,7 +297,7 @@ def _speak(arguments: argparse.Namespace) -> int:
         print(f"{candidates.refused} samples held no clue")
     if judged:
         rows = [{**row, "judged_mean": j.mean} for row, j in zip(rows, judged, strict=True)]
-    _write(
+    write_found(
         arguments,
         {
             "scale": [scale.left, scale.right],
@@ -428,7 +408,7 @@ def _human(arguments: argparse.Namespace) -> int:
     pragmatic = human_rsa(items, step=arguments.step, splits=arguments.splits, seed=arguments.seed)
     print(_baseline_text(found))
     print(_pragmatic_text(pragmatic))
-    _write(
+    write_found(
         arguments,
         {
             "data": Path(arguments.data).name,
@@ -514,7 +494,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         "step": arguments.step,
         "seed": arguments.seed,
     }
-    _write(arguments, {**settings, **dataclasses.asdict(found)})
+    write_found(arguments, {**settings, **dataclasses.asdict(found)})
     return 0
 
 
@@ -549,7 +529,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
-    _quiet_libraries()
+    quiet_libraries()
     from wavelength_rsa.demo import run_demo
 
     result = run_demo(out, seed=arguments.seed, full=arguments.full)
@@ -599,7 +579,7 @@ def _loaded(
     elif name:
         raise UserError(f"a model's name ({name!r}) is for a server; {spec!r} is the model itself")
     else:
-        _quiet_libraries()
+        quiet_libraries()
         options = {
             "dtype": arguments.dtype,
             "template_options": template,
@@ -723,22 +703,3 @@ def _check_outputs(arguments: argparse.Namespace, *outputs: str | Path | None) -
                 raise UserError(f"{output} would replace the file of --{name}; name another file")
         if (Path(output).resolve().parent / "config.json").is_file():
             raise UserError(f"{output} lies in the folder of a model; name another folder")
-
-
-def _write(arguments: argparse.Namespace, value: dict[str, Any]) -> None:
-    if arguments.json:
-        write_json(Path(arguments.json), value)
-        print(f"written: {arguments.json}")
-
-
-def _quiet_libraries() -> None:
-    """Keep transformers' progress bars and advice out of a command's output."""
-    import os
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
