@@ -602,3 +602,43 @@ def test_no_output_is_an_input_or_another_output(model, midi, tmp_path, capsys):
         assert "would be overwritten" in capsys.readouterr().err, arguments
     assert Path(midi).read_bytes() == before
     assert not (tmp_path / "a.wav").exists()
+
+
+def test_folders_and_texts_that_are_none(model, midi, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    named = ("--model", model)
+    for arguments, says in (
+        (("generate", "x", "--out", tmp_path / "file", *named), "is a file"),
+        (("generate", "p\udcffq", "--out", tmp_path / "out", *named), "no text from letter 1 on"),
+        (("generate", "x", "--out", tmp_path / "out", "--key", "H major", *named), "no key"),
+        (("convert", tmp_path / "none", "--out", tmp_path / "out"), "is no folder"),
+        (("expand", "--base", model, "--out", tmp_path / "out", "--source", "x"), "--init amt"),
+    ):
+        call(*arguments, code=2)
+        assert says in capsys.readouterr().err, arguments
+    assert not (tmp_path / "out").exists()
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    call("generate", "x", "--out", tmp_path / "out", "--model", broken, code=2)
+    assert "holds no model that can be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "says"),
+    [
+        ({"caption": None}, [], "line 1: the caption must be a text"),
+        ({"caption": " "}, [], "line 1: the caption must be a text"),
+        ({"attributes": {"key": "C major"}}, [], "line 1: attributes lack"),
+        ({"caption": "x"}, ["--wall_seconds", 3], "for rtf and would change nothing"),
+        ({"caption": "x"}, ["--shrinkage", 0.5], "for fad and would change nothing"),
+        ({"caption": "x"}, ["--metrics", "rtf", "--wall_seconds", 0], "must be over 0"),
+        ({"caption": "x"}, ["--metrics", "fad", "--shrinkage", 5, "--real", "."], "0 to 1"),
+    ],
+)
+def test_requests_that_ask_for_nothing(line, options, says, midi, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"file": "tune.mid", **line}))
+    call("evaluate", "asked.jsonl", *options, code=2)
+    assert says in capsys.readouterr().err

@@ -58,3 +58,11 @@ def test_wrong_notes(change):
     Notes.of(**good)
     with pytest.raises(UserError):
         Notes.of(**good | change)
+
+
+@pytest.mark.parametrize("name", ["instrument", "pitch", "velocity"])
+def test_numbers_that_are_cut_are_refused(name):
+    named = {"instrument": 0, "pitch": 60, "velocity": 72}
+    with pytest.raises(UserError, match=f"{name} must be whole"):
+        Notes.of([0.0], 0.4, **{**named, name: 60.7})
+    assert Notes.of([0.0], 0.4, **{**named, name: 60.0}).columns[2].dtype == np.int64

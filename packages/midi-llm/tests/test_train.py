@@ -1,6 +1,7 @@
 """Training: learning rates, kill and resume, two processes, LoRA with the music rows alone."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from midi_llm.modeling import TextMidiProcessor, expand_vocabulary
 from midi_llm.notes import Notes
 from midi_llm.train import TrainConfig, lora_config, make_trainer, parameter_groups, train
 from midi_llm.vocab import AMTConfig
+from tenfold_common.atomic import locked_folder
 from tenfold_common.errors import UserError
 from tenfold_common.tiny import tiny_llama, word_tokenizer
 
@@ -222,3 +224,85 @@ def test_a_folder_in_use_is_refused(start, tmp_path):
             TrainConfig(steps=1),
         )  # fmt: skip
     assert Path(tmp_path / "used" / "file").read_text() == "mine"
+
+
+def short(start, out, *options, code=0):
+    from midi_llm.cli import main
+
+    assert main([*command(start, out, *options)[2:]]) == code
+
+
+@pytest.fixture(scope="module")
+def half(start, tmp_path_factory):
+    """The folder of a run of two steps."""
+    out = tmp_path_factory.mktemp("half") / "run"
+    short(start, out, "--steps", "2")
+    return out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--lr", "0.02"], "with lr 0.01, not 0.02"),
+        (["--seed", "1"], "with seed 0, not 1"),
+        (["--batch_size", "4"], "with batch_size 2, not 4"),
+        (["--lora", "2"], "with parameters"),
+        (["--steps", "1"], "checkpoint-2 already, beyond 1 steps"),
+    ],
+)
+def test_a_resumed_run_changes_nothing_unsaid(options, says, start, half, capsys):
+    before = (half / "train_config.json").read_bytes()
+    short(start, half, "--resume", *options, code=2)
+    assert says in capsys.readouterr().err
+    assert (half / "train_config.json").read_bytes() == before
+
+
+def test_a_resumed_run_may_save_more_often_and_last_longer(start, half, tmp_path, capsys):
+    shutil.copytree(half, tmp_path / "run")
+    options = ("--steps", "4", "--save_every", "1", "--log_every", "2")
+    short(start, tmp_path / "run", "--resume", *options)
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+    assert "{'loss'" not in capsys.readouterr().out
+
+
+def test_a_resumed_run_goes_on_with_the_same_data(start, half, tmp_path, capsys):
+    made = TextMidiProcessor.from_pretrained(start[0])
+    pairs = [(tune(i + 50), "slow jazz") for i in range(16)]
+    prepare_sft(pairs, made, length=64, seed=0).save_to_disk(str(tmp_path / "data"))
+    short((start[0], tmp_path / "data"), half, "--resume", code=2)
+    assert "was started on other data" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_is_not_gone_on_with(start, tmp_path, capsys):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.txt").write_text("x")
+    short(start, tmp_path / "thesis", "--resume", code=2)
+    assert "holds no run to go on with" in capsys.readouterr().err
+    shutil.copytree(start[0], tmp_path / "model")
+    before = sorted(tmp_path.rglob("*"))
+    short((tmp_path / "model", start[1]), tmp_path / "model", "--resume", code=2)
+    assert "is also an input" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    short(start, tmp_path / "new", "--resume", "--steps", "1")
+
+
+def test_rows_of_another_model_are_refused(start, tmp_path, capsys):
+    tokenizer = word_tokenizer(["slow", "fast", "jazz", "more"])
+    made = TextMidiProcessor(tokenizer, SMALL, len(tokenizer), system="")
+    data = prepare_sft([(tune(1), "slow")], made, length=64)
+    data.save_to_disk(str(tmp_path / "data"))
+    short((start[0], tmp_path / "data"), tmp_path / "run", code=2)
+    assert "the rows are of other ids than the model's" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "train_config.json").exists()
+
+
+def test_one_run_at_a_time(start, half, capsys):
+    with locked_folder(half):
+        short(start, half, "--resume", code=2)
+    assert "another run is writing" in capsys.readouterr().err
+
+
+def test_an_adapter_is_not_trained_on(start, tmp_path, capsys):
+    short(start, tmp_path / "run", "--steps", "1", "--lora", "2")
+    short((tmp_path / "run" / "model", start[1]), tmp_path / "two", "--steps", "1", code=2)
+    assert "adapter" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from tenfold_common import (
     newest_complete,
     prepare_output_dir,
     verify,
+    write_json,
 )
 from tenfold_common import atomic as module
 
@@ -464,3 +465,37 @@ def test_an_output_file_is_no_input(tmp_path):
     for name in ("a.json", "link"):
         with pytest.raises(UserError, match="would be overwritten"):
             check_output_file(tmp_path / name, inputs=[None, tmp_path / "a.json"])
+
+
+def test_a_job_that_goes_on_does_not_write_into_its_input(tmp_path):
+    fill(tmp_path, {"model/x": b"x"})
+    (tmp_path / "alias").symlink_to("model")
+    with pytest.raises(UserError, match="is also an input"):
+        prepare_output_dir(tmp_path / "model", resume=True, inputs=[None, tmp_path / "alias"])
+    prepare_output_dir(tmp_path / "model", resume=True, inputs=[tmp_path / "model" / "x"])
+    with pytest.raises(UserError) as error:
+        check_output_dir(tmp_path / "model")
+    assert "--resume" not in str(error.value)
+
+
+def test_what_is_no_file_is_written_to_as_it_is(tmp_path):
+    """A device or a pipe is not replaced by a file."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_json(tmp_path / "pipe", {"a": 1})
+        assert json.loads(os.read(reader, 100)) == {"a": 1}
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert entries(tmp_path) == ["pipe"]
+    with atomic_write("/dev/null", "w") as file:
+        file.write("x")
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+
+
+def test_json_holds_names_that_are_no_text(tmp_path):
+    write_json(tmp_path / "a.json", {"file": "\udcff\u00fc"})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"file": "\udcff\u00fc"}
+    write_json(tmp_path / "a.json", {"file": "\u00fc"})
+    assert "\u00fc" in (tmp_path / "a.json").read_text("utf-8")

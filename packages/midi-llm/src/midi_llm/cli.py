@@ -14,6 +14,7 @@ from midi_llm._version import __version__
 from tenfold_common.atomic import (
     check_output_dir,
     check_output_file,
+    locked_folder,
     prepare_output_dir,
 )
 from tenfold_common.cli import (
@@ -134,7 +135,7 @@ def _parser() -> Parser:
     expand.add_argument("--init", choices=("normal", "mean", "factored", "amt"), default="normal")
     expand.add_argument("--source", metavar="MODEL", help="of --init amt: an AMT checkpoint")
     expand.add_argument("--small", action="store_true", help="the grid for tiny models")
-    expand.add_argument("--overwrite", action="store_true")
+    expand.add_argument("--overwrite", action="store_true", help="delete what is in --out first")
 
     convert = verb("convert", _convert, "make the public MIDI-LLM checkpoint loadable")
     convert.add_argument("folder", metavar="FOLDER")
@@ -172,7 +173,7 @@ def _parser() -> Parser:
         help="processes; the rows are the same for any number (default 1)",
     )  # fmt: skip
     prepare.add_argument("--all", action="store_true", help="short and long pieces too")
-    prepare.add_argument("--overwrite", action="store_true")
+    prepare.add_argument("--overwrite", action="store_true", help="delete what is in --out first")
 
     train = verb("train", _train, "train a model on prepared data")
     train.add_argument("--model", required=True, metavar="FOLDER")
@@ -187,7 +188,7 @@ def _parser() -> Parser:
     train.add_argument("--bf16", action="store_true")
     train.add_argument("--lora", type=whole(), metavar="RANK", help="adapters and music rows alone")
     train.add_argument("--resume", action="store_true", help="from the newest whole checkpoint")
-    train.add_argument("--overwrite", action="store_true")
+    train.add_argument("--overwrite", action="store_true", help="delete what is in --out first")
 
     evaluate = verb("evaluate", _evaluate, "score MIDI files against what was asked for")
     evaluate.add_argument(
@@ -329,7 +330,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     files = [out / f"take-{i + 1}.mid" for i in range(arguments.n)]
     if not arguments.overwrite and (there := [f for f in files if f.exists()]):
         raise UserError(f"{there[0]} is there already; name another folder, or give --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
     from midi_llm.captions import style_of_prompt
 
     constraints = _constraints(arguments)
@@ -339,6 +341,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         max_notes=arguments.max_notes, constraints=constraints, style=style, seed=arguments.seed,
     )  # fmt: skip
     rows = []
+    out.mkdir(parents=True, exist_ok=True)
     for file, output in zip(files, outputs, strict=True):
         output.save(file)
         print(f"{file}: {len(output.notes)} notes, {output.seconds:.1f} s, {output.finish_reason}")
@@ -490,7 +493,12 @@ def _caption(arguments: argparse.Namespace) -> int:
 
 def _expand(arguments: argparse.Namespace) -> int:
     _check_json(arguments)
-    named = {"overwrite": arguments.overwrite, "inputs": [arguments.base, arguments.source]}
+    if (arguments.source is None) == (arguments.init == "amt"):
+        raise UserError("--init amt needs --source, an AMT checkpoint; the others take none")
+    named: dict[str, Any] = {
+        "overwrite": arguments.overwrite,
+        "inputs": [arguments.base, arguments.source],
+    }
     check_output_dir(arguments.out, **named)
     quiet_libraries()
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -565,10 +573,11 @@ def _prepare(arguments: argparse.Namespace) -> int:
     # What is there stays until the new rows are whole.
     with tempfile.TemporaryDirectory(".tmp", f".{out.name[:40]}.", out.parent) as made:
         found = write_dataset(sources, made, recipe, workers=arguments.workers)
-        prepare_output_dir(out, overwrite=arguments.overwrite, inputs=inputs)
-        # The state comes last: without it the folder does not load.
-        for file in sorted(Path(made).iterdir(), key=lambda file: file.name == "state.json"):
-            shutil.move(file, out)
+        with locked_folder(out):
+            prepare_output_dir(out, overwrite=arguments.overwrite, inputs=inputs)
+            # The state comes last: without it the folder does not load.
+            for file in sorted(Path(made).iterdir(), key=lambda file: file.name == "state.json"):
+                shutil.move(file, out)
     left += found.left_out
     print(
         f"{arguments.out}: {found.rows} rows of {arguments.length} ids from {found.used} of "
@@ -617,8 +626,10 @@ def _captions(path: str) -> dict[str, str]:
     captions: dict[str, str] = {}
     for number, row in _numbered_rows(path, "caption"):
         where, name, caption = f"{path}, line {number}", row["file"], row["caption"]
-        if not isinstance(caption, str) or not caption.strip():
-            raise UserError(f"{where}: the caption must be a text, not {caption!r}")
+        try:
+            _text_of(caption)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         if not isinstance(name, str) or not name or Path(name).is_absolute():
             raise UserError(f"{where}: file must be a name relative to --midi, not {name!r}")
         name = Path(name).as_posix()
@@ -628,13 +639,14 @@ def _captions(path: str) -> dict[str, str]:
     return captions
 
 
-def _rows(path: str, *names: str) -> list[dict[str, Any]]:
-    """Read JSON lines that all have `file` and one of some fields."""
-    return [row for _, row in _numbered_rows(path, *names)]
+def _text_of(caption: object) -> str:
+    if not isinstance(caption, str) or not caption.strip():
+        raise UserError(f"the caption must be a text, not {caption!r}")
+    return caption
 
 
 def _numbered_rows(path: str, *names: str) -> list[tuple[int, dict[str, Any]]]:
-    """Read as `_rows` does, with the number of each line."""
+    """Read JSON lines that all have `file` and one of some fields, with their numbers."""
     rows = []
     with Path(path).open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -695,7 +707,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from midi_llm.evaluation import evaluate
     from midi_llm.midi_read import read_notes
 
-    rows = _rows(arguments.requests, "caption", "attributes")
+    numbered = _numbered_rows(arguments.requests, "caption", "attributes")
+    rows = [row for _, row in numbered]
     home = Path(arguments.requests).parent
     files = [home / str(row["file"]) for row in rows]
     behind = [home / str(name) for name in _of_all(rows, "real", arguments.requests)]
@@ -705,13 +718,28 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             f"{min(lacking)} compares with real music; name a folder of it with --real, or in "
             "every line the piece behind it as real"
         )
+    for name, metrics in (("shrinkage", {"fad"}), ("wall_seconds", {"rtf"})):
+        if getattr(arguments, name) is not None and not metrics & set(arguments.metrics):
+            raise UserError(
+                f"--{name} is for {min(metrics)} and would change nothing here; leave it out"
+            )
+    if arguments.wall_seconds is not None and not 0 < arguments.wall_seconds < float("inf"):
+        raise UserError(f"--wall_seconds must be over 0, not {arguments.wall_seconds}")
+    if arguments.shrinkage is not None and not 0 <= arguments.shrinkage <= 1:
+        raise UserError(f"--shrinkage must be 0 to 1, not {arguments.shrinkage}")
     wall = arguments.wall_seconds or _of_all(rows, "wall_seconds", arguments.requests)
     if "rtf" in arguments.metrics and not wall:
         raise UserError("rtf needs --wall_seconds, or wall_seconds in every line")
-    requested = [
-        MusicAttributes.from_dict(row["attributes"]) if "attributes" in row else str(row["caption"])
-        for row in rows
-    ]
+    requested = []
+    for number, row in numbered:
+        try:
+            requested.append(
+                MusicAttributes.from_dict(row["attributes"])
+                if "attributes" in row
+                else _text_of(row["caption"])
+            )
+        except UserError as error:
+            raise UserError(f"{arguments.requests}, line {number}: {error}") from error
     outputs, references, real = ([read_notes(f) for f in some] for some in (files, behind, pool))
     heard = {"fad", "clap"} & set(arguments.metrics)
 

@@ -9,6 +9,7 @@ shards of a few hundred. One process makes a whole shard (it reads, samples, shu
 writes), and nothing of it depends on the others, so neither do the rows on how many there are.
 """
 
+import json
 import logging
 import re
 import signal
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORED = -100
+_SIGN = "midi-llm"
 SHARD = 256  # sources of a shard, fewer where each has several copies
 TEXT_BYTES = 2**17  # of text make a source: about as many ids as a piece
 _BATCH = 256  # rows that are written together
@@ -315,7 +317,7 @@ def _dataset(samples: Iterable[Sample], processor: TextMidiProcessor, length: in
     sink = pa.BufferOutputStream()
     if not _write(samples, sink, processor, length):
         raise UserError("there is nothing to learn from: no piece and no text is left")
-    return Dataset.from_buffer(sink.getvalue())
+    return _signed(Dataset.from_buffer(sink.getvalue()), processor)
 
 
 def _write(samples: Iterable[Sample], sink: Any, processor: TextMidiProcessor, length: int) -> int:
@@ -480,7 +482,7 @@ def write_dataset(
             )
         written = sorted(Path(place).iterdir())
         whole = concatenate_datasets([Dataset.from_file(str(file)) for file in written])
-        whole.save_to_disk(folder)
+        _signed(whole, recipe.processor).save_to_disk(folder)
     return total
 
 
@@ -613,6 +615,33 @@ def _pair(source: Source, notes: Notes, recipe: Recipe) -> list[Sample]:
             dropout=recipe.dropout, seed=recipe.seed, first=source.number,
         )
     )  # fmt: skip
+
+
+def _signed(dataset: "Dataset", processor: TextMidiProcessor) -> "Dataset":
+    """Write into a dataset, where saving keeps it, which ids its rows are of."""
+    dataset.info.description = json.dumps({_SIGN: _ids_of(processor)})
+    return dataset
+
+
+def check_rows(dataset: "Dataset", processor: TextMidiProcessor) -> None:
+    """Refuse rows that were prepared with the ids of another model.
+
+    Raises:
+        UserError: they were. Rows of other makers are not known, and pass.
+    """
+    try:
+        made = json.loads(dataset.info.description)[_SIGN]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return
+    if made != (wanted := _ids_of(processor)):
+        raise UserError(
+            f"the rows are of other ids than the model's: music begins at {made.get('offset')}, "
+            f"not {wanted['offset']}, or the grids differ. Prepare them with this model"
+        )
+
+
+def _ids_of(processor: TextMidiProcessor) -> dict[str, Any]:
+    return {"offset": processor.offset, "grid": processor.amt.to_dict()}
 
 
 class MidiDataCollator:

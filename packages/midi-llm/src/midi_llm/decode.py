@@ -442,6 +442,7 @@ class MidiLM(Composer):
         Raises:
             UserError: the folder is missing, or holds no text-to-music model.
         """
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         from tenfold_common.device import resolve_device
@@ -449,7 +450,7 @@ class MidiLM(Composer):
         processor = TextMidiProcessor.from_pretrained(folder)
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder} holds no model that can be read: {error}") from error
         return cls(model.eval().to(resolve_device(device).value), processor)
 

@@ -176,6 +176,10 @@ class TextMidiProcessor:
         """
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError(f"the prompt must be a text, not {prompt!r}")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"the prompt is no text from letter {error.start} on") from error
         if self.system and prompt.strip().startswith(self.system.strip()):
             raise UserError("the prompt begins with the system sentence, which is added to it")
         text = self.system + prompt.strip() + " "
@@ -217,8 +221,8 @@ class TextMidiProcessor:
         file = folder / SETTINGS
         if not file.is_file():
             raise UserError(
-                f"{folder} has no {SETTINGS}: it holds no text-to-music model. `midi-llm convert` "
-                "makes one of the public checkpoint"
+                f"{folder} has no {SETTINGS}: it holds no text-to-music model. `midi-llm expand` "
+                "makes one of a text model, `midi-llm convert` of the public checkpoint"
             )
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
@@ -276,6 +280,8 @@ def convert(
     from tenfold_common.atomic import prepare_output_dir
 
     folder, amt = Path(folder), amt or AMTConfig()
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; download the checkpoint into one first")
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

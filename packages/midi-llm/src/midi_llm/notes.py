@@ -71,8 +71,16 @@ class Notes:
 
         Of the other columns a single number stands for all notes.
 
+        Args:
+            onset: `[n]` seconds, rising.
+            duration: Seconds, `[n]` or one for all.
+            instrument: 0 to 127 the program, 128 drums; `[n]` or one for all.
+            pitch: 0 to 127, 60 middle C; `[n]` or one for all.
+            velocity: 1 to 127, `[n]` or one for all.
+
         Raises:
-            UserError: a value is out of range, or the onsets do not rise.
+            UserError: a value is out of range or, but for seconds, no whole number, or the onsets
+                do not rise.
         """
         try:
             onset = np.atleast_1d(np.asarray(onset, dtype=np.float64))
@@ -86,6 +94,8 @@ class Notes:
             dtype = np.float64 if name == "duration" else np.int64
             try:
                 found = np.asarray(values, dtype=dtype)
+                if dtype is np.int64 and (found != np.asarray(values)).any():
+                    raise UserError(f"{name} must be whole numbers")
             except (TypeError, ValueError, OverflowError) as error:
                 raise UserError(f"{name} must be numbers: {error}") from error
             if found.ndim and found.shape != onset.shape:

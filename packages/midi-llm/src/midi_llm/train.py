@@ -1,10 +1,13 @@
 """Training by transformers' Trainer: checkpoints that survive a kill, two learning rates, LoRA."""
 
+import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from midi_llm.data import MidiDataCollator
+from midi_llm.data import MidiDataCollator, check_rows
 from midi_llm.modeling import TextMidiProcessor
 from tenfold_common.errors import UserError
 
@@ -12,6 +15,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import PreTrainedModel, TrainingArguments
+
+
+RUN_FILE = "train_config.json"
+FREE = ("steps", "save_every", "log_every")  # may change when a run goes on
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ def make_trainer(
         config: How to train.
     """
     import torch
-    from transformers import Trainer
+    from transformers import PrinterCallback, Trainer
 
     from tenfold_common.trainer import AtomicCheckpoints, MetricsFile
 
@@ -118,6 +125,7 @@ def make_trainer(
         data_collator=MidiDataCollator(),
     )
     trainer.add_callback(MetricsFile(folder / "metrics.jsonl"))
+    trainer.remove_callback(PrinterCallback)  # it repeats what is logged
     return trainer
 
 
@@ -157,7 +165,8 @@ def train(
         dataset: Of `prepare_cpt` or `prepare_sft`.
         folder: New or empty.
         config: How to train.
-        resume: Go on from the newest complete checkpoint of the folder.
+        resume: Go on from the newest complete checkpoint of the folder; only the number of steps
+            and how often to log and save may change.
         overwrite: Start anew where the folder holds an earlier run, which is deleted; refused if
             the model or the dataset was loaded from there.
 
@@ -165,23 +174,35 @@ def train(
         The folder of the model.
 
     Raises:
-        UserError: the folder is in use, or the model does not fit the processor.
+        UserError: the folder is in use or of another run, or the model, the data and the
+            processor do not fit.
         CheckpointError: a checkpoint to resume from is damaged.
     """
-    from tenfold_common.atomic import prepare_output_dir, write_json
+    from tenfold_common.atomic import locked_folder, prepare_output_dir, write_json
     from tenfold_common.trainer import disk_errors, resume_point, train_to_the_end
 
-    config, folder = config or TrainConfig(), Path(folder)
+    config, folder, main = config or TrainConfig(), Path(folder), not _is_worker()
     processor.check_model(model)
-    if not _is_worker():
-        read = [model.config.name_or_path or None, *(f["filename"] for f in dataset.cache_files)]
-        prepare_output_dir(folder, resume=resume, overwrite=overwrite, inputs=read)
-    model.config.use_cache = False
-    trainer = make_trainer(model, dataset, folder, config)
-    point = resume_point(folder) if resume else None
-    with disk_errors(folder):
+    check_rows(dataset, processor)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            "no weight of the model is to be trained; is it an adapter's folder? Merge it with its "
+            "model first, or train that one"
+        )
+    told = _told(config, model, dataset)
+    read = [model.config.name_or_path or None, *(f["filename"] for f in dataset.cache_files)]
+    with locked_folder(folder) if main else nullcontext(), disk_errors(folder):
+        if main:
+            if resume:
+                _check_same_run(folder, told)
+            prepare_output_dir(folder, resume=resume, overwrite=overwrite, inputs=read)
+        model.config.use_cache = False
+        trainer = make_trainer(model, dataset, folder, config)
+        point = resume_point(folder) if resume else None
+        if point is not None and int(point.name.rpartition("-")[2]) > config.steps:
+            raise UserError(f"the run is at {point.name} already, beyond {config.steps} steps")
         if trainer.args.should_save:
-            write_json(folder / "config.json", asdict(config))
+            write_json(folder / RUN_FILE, told)
         train_to_the_end(trainer, point)
         model.config.use_cache = True
         target = folder / "model"
@@ -189,6 +210,36 @@ def train(
             model.save_pretrained(target)
             processor.save_pretrained(target)
     return target
+
+
+def _told(config: TrainConfig, model: "PreTrainedModel", dataset: "Dataset") -> dict[str, Any]:
+    """Return what a run is, as its folder keeps it."""
+    ends = [dataset[i]["input_ids"] for i in (0, len(dataset) // 2, len(dataset) - 1)]
+    return {
+        **asdict(config),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "rows": len(dataset),
+        "sha256": sha256(repr(ends).encode()).hexdigest(),  # of three rows
+    }
+
+
+def _check_same_run(folder: Path, told: dict[str, Any]) -> None:
+    """Refuse to go on with something else than what a folder holds."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    try:
+        before = json.loads((folder / RUN_FILE).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} holds no run to go on with: it has no {RUN_FILE} that can be read"
+        ) from error
+    for name, value in told.items():
+        if name not in FREE and before.get(name) != value:
+            what = f"with {name} {before.get(name)!r}, not {value!r}"
+            raise UserError(
+                f"{folder} was started {'on other data' if name == 'sha256' else what}; a resumed "
+                "run cannot change it"
+            )
 
 
 def _is_worker() -> bool:

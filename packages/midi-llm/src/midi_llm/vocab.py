@@ -209,7 +209,10 @@ class AMTConfig:
             UserError: the grid has none.
         """
         if not self.anticipation:
-            raise UserError("this grid has no controls (anticipation is false)")
+            raise UserError(
+                "this grid has no controls (anticipation is false), which infilling needs; AMT's "
+                "own grid has them, that of --small has not"
+            )
         return self.separator + 2
 
     @cached_property

@@ -28,7 +28,8 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
 
     The data goes to a temporary sibling that is synced to disk and then renamed. If the block
     raises anything, Ctrl-C included, the sibling is removed and the old file stays as it was. A
-    symbolic link is written through, and an existing file keeps its permissions.
+    symbolic link is written through, and an existing file keeps its permissions. What is no file
+    (a device, a pipe) is written to as it is.
 
     Args:
         path: The file to write; its folder must exist.
@@ -43,14 +44,18 @@ def atomic_write(path: str | os.PathLike[str], mode: Literal["wb", "w"] = "wb") 
     if mode not in ("wb", "w"):
         raise UserError(f"mode must be 'wb' or 'w', not {mode!r}")
     target = Path(os.path.realpath(path))
+    encoding, newline = ("utf-8", "\n") if mode == "w" else (None, None)
     if target.is_dir():
         raise UserError(f"cannot write the file {str(path)!r}: it is a folder")
+    if Path(path).exists() and not Path(path).is_file():  # /dev/stdout, a pipe: nothing to replace
+        with Path(path).open(mode, encoding=encoding, newline=newline) as stream:
+            yield stream
+        return
     if not target.parent.is_dir():
         raise UserError(
             f"cannot write {str(path)!r}: the folder {str(target.parent)!r} does not exist"
         )
     temporary = _sibling(target)
-    encoding, newline = ("utf-8", "\n") if mode == "w" else (None, None)
     try:
         with temporary.open(mode.replace("w", "x"), encoding=encoding, newline=newline) as stream:
             yield stream
@@ -193,7 +198,7 @@ def newest_complete(
 def prepare_output_dir(
     path: str | os.PathLike[str],
     *,
-    resume: bool = False,
+    resume: bool | None = None,
     overwrite: bool = False,
     inputs: Iterable[str | os.PathLike[str] | None] = (),
 ) -> Path:
@@ -201,11 +206,13 @@ def prepare_output_dir(
 
     Args:
         path: The folder.
-        resume: Accept a folder with content and leave the content as it is.
+        resume: Accept a folder with content and leave the content as it is. None where the job
+            has no such option.
         overwrite: Delete the content first. Refused for the current folder, the home folder, a
             folder around either and a git checkout.
         inputs: Files and folders that the job reads; None and names that are not there are passed
-            over. What is one of them, holds one or lies in one is never overwritten.
+            over. What is one of them is never written to; what holds one or lies in one is never
+            overwritten.
 
     Returns:
         The folder, which now exists.
@@ -233,7 +240,7 @@ def prepare_output_dir(
 def check_output_dir(
     path: str | os.PathLike[str],
     *,
-    resume: bool = False,
+    resume: bool | None = None,
     overwrite: bool = False,
     inputs: Iterable[str | os.PathLike[str] | None] = (),
 ) -> Path:
@@ -254,11 +261,16 @@ def check_output_dir(
     if entries and not resume and not overwrite:
         raise UserError(
             f"the output folder {str(path)!r} is not empty ({len(entries)} entries, one is "
-            f"{entries[0].name!r}). Choose another, or give --resume to go on, --overwrite to "
-            "start anew."
+            f"{entries[0].name!r}). Choose another, or give "
+            f"{'' if resume is None else '--resume to go on, '}--overwrite to start anew."
         )
+    real = folder.resolve()
+    for one in inputs if entries and resume else ():
+        if one is not None and Path(one).exists() and Path(one).resolve() == real:
+            raise UserError(
+                f"the output folder {str(path)!r} is also an input. Choose another output folder."
+            )
     if entries and overwrite:
-        real = folder.resolve()
         around = any(place.resolve().is_relative_to(real) for place in (Path.cwd(), Path.home()))
         if around or (real / ".git").exists():
             raise UserError(
@@ -285,9 +297,13 @@ def write_json(path: str | Path, value: object) -> None:
         path: The file; its folder must exist.
         value: What `json.dump` takes.
     """
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # of a name of a file that is not UTF-8
+        text = json.dumps(value, indent=1)
     with atomic_write(path, "w") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.write("\n")
+        file.write(f"{text}\n")
 
 
 def check_output_file(
