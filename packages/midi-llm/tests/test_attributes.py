@@ -24,7 +24,14 @@ from midi_llm.attributes import (
     prominent,
     tempo_word,
 )
-from midi_llm.captions import STYLES, Request, caption_dropout, describe, parse_caption
+from midi_llm.captions import (
+    STYLES,
+    Request,
+    caption_dropout,
+    describe,
+    parse_caption,
+    style_of_prompt,
+)
 from midi_llm.metrics import tempo_error
 from midi_llm.midi_read import read_notes
 from midi_llm.midi_write import Style, to_score, write_midi
@@ -596,3 +603,12 @@ def test_a_file_is_measured_by_the_notes_it_is_tokenised_by(tmp_path):
     assert found.instruments == (40,)
     assert found.pitch_range == (60, 62)
     assert found.seconds == pytest.approx(1.25)
+
+
+def test_what_no_file_can_have_is_left_out_of_a_prompts_style():
+    assert style_of_prompt("at 90 bpm in 7/32 in Eb minor").key == "Eb minor"
+    found = style_of_prompt("at 90 bpm, 300/4, in D minor")
+    assert (found.tempo, found.key) == (90, "D minor")
+    found = style_of_prompt("in 3/4, in G# major at 70 bpm")
+    assert (found.tempo, found.time_signature, found.key) == (70, (3, 4), None)
+    assert style_of_prompt("in D minor", key="C major").key == "C major"

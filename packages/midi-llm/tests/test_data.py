@@ -41,6 +41,7 @@ from tenfold_common.errors import UserError
 from tenfold_common.tiny import tiny_llama, word_tokenizer
 
 SMALL = AMTConfig.small()
+EVERY = data.Filters(1, 0.0, 14400.0, 129)
 ANTICIPATING = AMTConfig(20, 20, 4, 17, 128, True)
 WORDS = ("slow", "fast", "sad", "jazz", "for", "piano", "drums.", "A", "tune")
 
@@ -351,6 +352,40 @@ def test_what_is_left_out_is_counted_with_its_reason(sources, tmp_path, caplog, 
     assert not list((tmp_path / "p").iterdir())
 
 
+def test_shards_are_shuffled_each_in_its_own_way(sources, tmp_path, monkeypatch):
+    """As many samples in the same order twice would be a bad shuffle."""
+    orders = [list(data._shuffled(list(range(50)), 3, 3, number)) for number in (0, 1)]
+    assert orders[0] != orders[1]
+    seen = []
+    monkeypatch.setattr(data, "_shuffled", lambda samples, *key: seen.append(key) or iter(samples))
+    monkeypatch.setattr(data, "SHARD", 2)
+    recipe = data.Recipe("cpt", processor(), length=64, filters=EVERY)
+    found = [s for s in sources if not s.span][:6]
+    data.write_dataset(found, tmp_path / "out", recipe)
+    assert len(seen) == len(set(seen)) == -(-len(found) // 2)
+
+
+def test_captions_of_files_differ_though_their_music_does_not(tmp_path, monkeypatch):
+    for number in range(12):
+        write_midi(tune(30), tmp_path / f"{number}.mid")
+    said = []
+    real = data.sft_samples
+    monkeypatch.setattr(
+        data, "sft_samples", lambda pairs, *a, **k: said.append(pairs[0][1]) or real(pairs, *a, **k)
+    )
+    found = [data.Source(i, str(tmp_path / f"{i}.mid")) for i in range(12)]
+    recipe = data.Recipe("sft", processor(), length=512, filters=EVERY)
+    data.write_dataset(found, tmp_path / "out", recipe)
+    assert len(set(said)) > 6
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_texts_are_parted_by_empty_lines_of_any_system(end, tmp_path):
+    (tmp_path / "a.txt").write_bytes(end.join(["one", "two", "", "three", " ", "four"]).encode())
+    [source] = text_sources(tmp_path / "a.txt")
+    assert data._texts(source) == ["one\ntwo", "three", "four"]
+
+
 def test_texts_that_are_no_text_are_an_error(tmp_path):
     (tmp_path / "t").write_bytes(b"slow\n\xff\n")
     with pytest.raises(UserError, match=r"t, line 2: not UTF-8"):
@@ -399,9 +434,10 @@ def test_a_job_that_is_cut_short_leaves_the_old_data(how, sources, tmp_path):
             "--copies", "600", "--workers", "2", "--length", "256",
         ],
         stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where pytest ignores it
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".out.*.tmp/shards-*/*.arrow")):
+    while not list(tmp_path.glob(".out.prepare/shards-*/*.arrow")):
         assert job.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -412,3 +448,8 @@ def test_a_job_that_is_cut_short_leaves_the_old_data(how, sources, tmp_path):
         assert said.splitlines() == ["interrupted"]
         assert not list(tmp_path.glob(".out*"))
     assert rows_of(out) == before
+    again = [a if a not in ("--copies", "600") else {"--copies": "--seed", "600": "1"}[a]
+             for a in job.args]  # fmt: skip
+    subprocess.run(again, check=True, capture_output=True, timeout=120)
+    assert not list(tmp_path.glob(".out*")), "what was left is not cleared"
+    assert rows_of(out) != before

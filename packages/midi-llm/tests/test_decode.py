@@ -10,7 +10,7 @@ from scipy.stats import chi2
 from transformers import LogitsProcessor
 
 from midi_llm.anticipate import REST
-from midi_llm.decode import MidiLM, Sampling, decode
+from midi_llm.decode import Composer, MidiLM, Sampling, _draw, decode
 from midi_llm.grammar import GenerationConstraints, Grammar, Rules
 from midi_llm.midi_read import read_notes
 from midi_llm.midi_write import Style
@@ -778,3 +778,144 @@ def test_files_say_what_the_prompt_says():
     assert four.style == Style(tempo=70)
     [five] = singer().generate("at 90 bpm in G# major", max_notes=3)
     assert (five.style.key, five.style.tempo) == (None, 90)
+
+
+# ------------------------------------------------------------------------------------------------
+# What engines are asked for
+
+
+class Scripted(Composer):
+    """An engine that plays what it is told: functions of a grammar, one a call."""
+
+    def __init__(self, *plays, amt=ANTICIPATING, room=600):
+        text = byte_tokenizer()
+        self.processor = TextMidiProcessor(text, amt, len(text), system="")
+        self.plays, self.room, self.calls = list(plays), room, []
+
+    def _context(self, text):
+        return self.room - text
+
+    def _decode(self, rows, sampling, batch_size, seed, each):
+        found = []
+        for ids, grammar in rows:
+            self.calls.append((list(ids), grammar, seed))
+            play = self.plays[min(len(self.calls), len(self.plays)) - 1]
+            found.append([])
+            for id in play(grammar):
+                allowed = grammar.proceed()
+                if allowed is None or id not in allowed:
+                    break
+                grammar.push(id)
+                found[-1].append(id)
+            if grammar.proceed() is not None:
+                grammar.finish_reason = "length"
+        return found
+
+
+def notes_at(*onsets, note=60, lasts=2, gap=0):
+    """Play notes at ticks behind where the grammar is."""
+
+    def play(grammar):
+        amt, start = grammar.rules.config, grammar.allowed().start
+        for onset in onsets:
+            yield start + onset
+            yield amt.duration_offset + lasts
+            yield amt.note_offset + note
+
+    return play
+
+
+def then_end(play):
+    def both(grammar):
+        yield from play(grammar)
+        yield grammar.rules.config.separator
+
+    return both
+
+
+def test_every_window_draws_anew_until_the_time_is_full():
+    made = Scripted(notes_at(1, 30, 60))
+    made.continue_(song(), seconds=9, prompt="a", seed=5)
+    seeds = [seed for _, _, seed in made.calls]
+    assert len(seeds) >= 3
+    assert seeds == list(range(5, 5 + len(seeds)))
+
+
+def test_what_the_model_ends_is_not_gone_on_with():
+    made = Scripted(then_end(notes_at(1, 20)))
+    out = made.continue_(song(), seconds=60, prompt="a")
+    assert len(made.calls) == 1
+    assert out.finish_reason == "stop"
+    assert len(out.notes) == len(song()) + 2
+
+
+def test_rests_count_among_the_most():
+    def play(grammar):
+        amt, start = grammar.rules.config, grammar.allowed().start
+        for number in range(1, 9):
+            yield start + 20 * number
+            yield from (amt.duration_offset, amt.rest)
+        yield from notes_at(1)(grammar)
+
+    made = Scripted(play)
+    out = made.continue_(song(), seconds=60, prompt="a", max_notes=12)
+    assert out.finish_reason == "length"
+    assert sum(len(grammar.events) for _, grammar, _ in made.calls) == 12
+
+
+@pytest.mark.parametrize("room", [120, 300])
+def test_half_of_what_the_model_reads_is_left_to_go_on(room):
+    made = Scripted(notes_at(1), room=room)
+    dense = Notes.of(np.arange(200) * 0.08, 0.1, 0, 60)
+    made.continue_(dense, seconds=1, prompt="a", max_notes=1)
+    [(ids, grammar, _)] = made.calls
+    text = len(made.processor.encode("a"))
+    assert len(ids) - text == 3 * ((room - text) // 6)
+    assert grammar.max_events == 1
+
+
+def test_an_infill_leaves_room_for_what_is_kept():
+    made = Scripted(notes_at(1), room=120)
+    notes = Notes.of([0.5, *np.linspace(12, 14, 12)], 0.1, 0, np.arange(13) + 40)
+    made.infill(notes, start=1.0, end=2.0, prompt="a")
+    [(ids, grammar, _)] = made.calls
+    assert grammar.placed == 0
+    assert grammar.max_events == (120 - len(ids)) // 3 - 12
+    with pytest.raises(UserError, match="then 12 notes that are kept"):
+        Scripted(notes_at(1), room=42).infill(notes, start=1.0, end=2.0, prompt="a")
+
+
+def test_instruments_that_are_not_heard_keep_their_channels():
+    """15 families at the start, then one alone for a minute: no sixteenth may join."""
+    families = [8 * i for i in range(15)]
+    onset = [0.0] * 15 + list(np.arange(40.0, 42.0, 0.25))
+    notes = Notes.of(onset, 0.2, families + [0] * 8, 60)
+    made = Scripted(notes_at(1))
+    made.continue_(notes, seconds=1, prompt="a")
+    ids, grammar, _ = made.calls[0]
+    allowed = {int(i) // 128 for i in np.flatnonzero(grammar._mask)}
+    used = {int(ANTICIPATING.of_instrument(i)) for i in families}
+    assert allowed == used | {grammar.rules.drums}
+    assert len(ids) == len(made.processor.encode("a")) + 3 * 8, "they are not in the context"
+
+
+def test_notes_that_sound_on_count_for_the_polyphony():
+    wanted = GenerationConstraints(max_polyphony=1)
+    drone = Notes.of([0.0, *np.arange(30.0, 31.0, 0.25)], [35.0, *[0.2] * 4], 0, 60)
+    made = Scripted(notes_at(0))
+    out = made.continue_(drone, seconds=3, prompt="a", constraints=wanted)
+    assert out.notes.onset[5] >= 35
+    inside = Notes.of([0.0, 1.0], [18.0, 0.2], 0, [40, 60])
+    made = Scripted(notes_at(0))
+    out = made.infill(inside, start=2.0, end=19.5, prompt="a", constraints=wanted)
+    assert out.notes.onset[2] >= 18
+
+
+def test_the_first_of_top_p_alone_where_it_reaches_it_exactly():
+    scores = torch.tensor([math.log(0.5), math.log(0.25), math.log(0.25)])
+    draw = torch.Generator().manual_seed(0)
+    assert {_draw(scores, Sampling(1.0, 0.5), draw) for _ in range(50)} == {0}
+    assert {_draw(scores, Sampling(1.0, 0.51), draw) for _ in range(50)} == {0, 1}
+    assert _draw(torch.tensor([1e38, 2e38, 0.0]), Sampling(0.5, 1.0), draw) == 1
+    cold = torch.tensor([0.0, 1e-3])
+    assert {_draw(cold, Sampling(1e-6, 1.0), draw) for _ in range(50)} == {1}

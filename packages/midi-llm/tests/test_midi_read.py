@@ -416,3 +416,19 @@ def test_files_are_read_in_batches_of_some_number(monkeypatch):
 
     next(iter(read_many(sources())))
     assert len(taken) == 2
+
+
+def test_a_tempo_is_of_its_own_file():
+    played = [on(480), off(480)]
+    fast, plain = midi([tempo(0, 250_000), *played]), midi(played)
+    for files in ([fast, plain], [plain, fast], [fast, plain, plain]):
+        for data, notes in zip(files, read_many(files), strict=True):
+            assert isinstance(notes, Notes)
+            assert notes.onset[0] == pytest.approx(0.25 if data is fast else 0.5)
+
+
+def test_as_many_notes_as_are_allowed_are_read():
+    data = midi([on(0), off(10), on(0), off(10)])
+    assert len(read_notes(data, max_notes=2)) == 2
+    with pytest.raises(UserError, match="2 notes; at most 1"):
+        read_notes(data, max_notes=1)

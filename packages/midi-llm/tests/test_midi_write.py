@@ -2,6 +2,7 @@
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import mido
 import numpy as np
@@ -14,7 +15,14 @@ from midi_files import (
 )
 
 from midi_llm.midi_read import read_notes
-from midi_llm.midi_write import Style, key_signature, parse_key, to_score, write_midi
+from midi_llm.midi_write import (
+    Style,
+    key_signature,
+    parse_key,
+    style_of_score,
+    to_score,
+    write_midi,
+)
 from midi_llm.notes import Notes, empty_notes
 from midi_llm.vocab import DRUMS, instrument_name
 from tenfold_common.errors import UserError
@@ -473,3 +481,33 @@ def test_what_is_no_key(key):
 def test_keys_of_more_than_seven_accidentals(key):
     with pytest.raises(UserError):
         key_signature(key)
+
+
+def test_the_style_of_a_score_is_how_it_begins():
+    from symusic import KeySignature, Score, Tempo, TimeSignature
+
+    score: Any = Score(480)
+    assert style_of_score(score) == Style()
+    for time, qpm in ((0, 90.0), (960, 150.0)):
+        score.tempos.append(Tempo(time, qpm))
+    for time, beats in ((0, 3), (960, 5)):
+        score.time_signatures.append(TimeSignature(time, beats, 4))
+    score.key_signatures.append(KeySignature(0, -3, 1))
+    found = style_of_score(score)
+    assert found.tempo == pytest.approx(90)
+    assert (found.time_signature, found.key) == ((3, 4), "C minor")
+    score.tempos[0] = Tempo(0, 5000.0)
+    found = style_of_score(score)
+    assert (found.tempo, found.time_signature, found.key) == (120.0, (3, 4), "C minor")
+
+
+@pytest.mark.parametrize("sharps", range(-7, 8))
+@pytest.mark.parametrize("mode", [0, 1])
+def test_keys_come_back_from_their_signatures(sharps, mode):
+    from types import SimpleNamespace
+
+    one = SimpleNamespace(key=sharps, tonality=mode)
+    score = SimpleNamespace(tempos=[], time_signatures=[], key_signatures=[one])
+    key = style_of_score(score).key
+    assert key is not None
+    assert key_signature(key) == (sharps, mode)

@@ -20,14 +20,16 @@ SPAN_RATE, SPAN_SECONDS = 0.05, 5.0  # of infilled spans: starts a second, lengt
 Kind = Literal["none", "span", "random", "instrument"]
 
 
-def events_of(notes: "Notes", config: AMTConfig) -> np.ndarray:
+def events_of(notes: "Notes", config: AMTConfig, *, cut: bool = True) -> np.ndarray:
     """Round notes to the grid, onset and duration each by itself, ties to even.
 
-    Durations are cut to the longest of the grid.
+    Durations are cut to the longest of the grid, unless `cut` is False.
     """
     made = np.empty((len(notes), 3), np.int64)
     made[:, 0] = np.rint(config.resolution * notes.onset)
-    made[:, 1] = np.minimum(np.rint(config.resolution * notes.duration), config.durations - 1)
+    made[:, 1] = np.rint(config.resolution * notes.duration)
+    if cut:
+        made[:, 1] = np.minimum(made[:, 1], config.durations - 1)
     made[:, 2] = config.of_instrument(notes.instrument) * config.pitches + notes.pitch
     return made
 

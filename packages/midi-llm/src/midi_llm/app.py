@@ -63,8 +63,7 @@ from tenfold_common.optional import require
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
 
-    from midi_llm.captions import style_of_prompt
-from midi_llm.decode import Composer
+    from midi_llm.decode import Composer
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 MAX_TAKES_AT_ONCE = 4

@@ -6,7 +6,8 @@ Nothing but the standard library is imported until a verb runs, so that help is 
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -555,7 +556,6 @@ def _prepare(arguments: argparse.Namespace) -> int:
     inputs = [getattr(arguments, name) for name in names]
     check_output_dir(arguments.out, overwrite=arguments.overwrite, inputs=inputs)
     import shutil
-    import tempfile
 
     left: Counter[str] = Counter()
     sources = _pieces(arguments, left)
@@ -570,14 +570,20 @@ def _prepare(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     out = Path(arguments.out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    # What is there stays until the new rows are whole.
-    with tempfile.TemporaryDirectory(".tmp", f".{out.name[:40]}.", out.parent) as made:
-        found = write_dataset(sources, made, recipe, workers=arguments.workers)
-        with locked_folder(out):
+    # What is there stays until the new rows are whole, which are made beside it.
+    beside, new = f".{out.name}.prepare", not out.exists()
+    try:
+        with locked_folder(out), _own_folder(out.with_name(beside)) as made:
+            found = write_dataset(sources, made, recipe, workers=arguments.workers)
             prepare_output_dir(out, overwrite=arguments.overwrite, inputs=inputs)
             # The state comes last: without it the folder does not load.
-            for file in sorted(Path(made).iterdir(), key=lambda file: file.name == "state.json"):
+            for file in sorted(made.iterdir(), key=lambda file: file.name == "state.json"):
                 shutil.move(file, out)
+    except BaseException:
+        if new:
+            with suppress(OSError):  # it holds something
+                out.rmdir()
+        raise
     left += found.left_out
     print(
         f"{arguments.out}: {found.rows} rows of {arguments.length} ids from {found.used} of "
@@ -588,6 +594,19 @@ def _prepare(arguments: argparse.Namespace) -> int:
     write_found(arguments, {"folder": arguments.out, "rows": found.rows, "pieces": found.used,
                        "left_out": dict(left)})  # fmt: skip
     return 0
+
+
+@contextmanager
+def _own_folder(folder: Path) -> "Iterator[Path]":
+    """Make a folder for a job, without what an earlier one that was killed left there."""
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _pieces(arguments: argparse.Namespace, left: Counter[str]) -> "list[Source]":

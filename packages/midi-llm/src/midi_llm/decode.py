@@ -233,6 +233,7 @@ class Composer(ABC):
         fits = events[:, 0] < amt.times
         first = math.ceil(start * amt.resolution)
         before, controls = pad_rests(events[early & fits], amt, end=first), events[~early & fits]
+        lasting = events_of(known[early & fits], amt, cut=False)  # as long as they sound
         given = dict(constraints.to_dict()) if constraints else {}
         given["end_time"] = min(end, given.get("end_time", end))
         rules = Rules(amt, GenerationConstraints.from_dict({**given, "min_notes": 0}))
@@ -245,7 +246,12 @@ class Composer(ABC):
         left = len(controls) - len(due)
         room = self._room([ids], max_notes, most=None, beside=left)
         grammar = Grammar(
-            rules, max_events=room, given=before, controls=controls, placed=len(due), start=first
+            rules,
+            max_events=room,
+            given=pad_rests(lasting, amt, end=first),
+            controls=controls,
+            placed=len(due),
+            start=first,
         )
         music = self._alone(ids, grammar, sampling, seed, on_note)
         new = notes_of_events(np.array(grammar.events, np.int64).reshape(-1, 3), amt)
@@ -301,13 +307,11 @@ class Composer(ABC):
             # The last half of the grid's time, or as much as fits, is what the model hears.
             last = float(notes.onset[-1]) if len(notes) else 0.0
             since = max(0.0, math.floor(last - amt.max_time / 2))
-            heard = notes[notes.onset >= since]
-            events = events_of(Notes(heard.onset - since, *heard.columns[1:]), amt)
-            events = events[-max(1, self._context(len(text)) // 6) :]
-            if len(events):
-                late = int(events[0, 0])
-                events[:, 0] -= late
-                since += late / amt.resolution
+            heard = notes[notes.onset >= since][-max(1, self._context(len(text)) // 6) :]
+            since = float(heard.onset[0]) if len(heard) else since
+            since = round(since * amt.resolution) / amt.resolution
+            moved = Notes(heard.onset - since, *heard.columns[1:])
+            events = events_of(moved, amt)
             context = ids_of(pad_rests(events, amt), amt)
             ids = [*text, *(self.processor.offset + context)]
             until = min(wanted - since + 1.0, float(amt.max_time))
@@ -319,7 +323,9 @@ class Composer(ABC):
                 amt, GenerationConstraints.from_dict({**given, "end_time": until, "min_notes": 0})
             )
             room = min(left, self._room([ids], None, most=None))
-            grammar = Grammar(rules, max_events=int(room), given=events)
+            lasting = events_of(moved, amt, cut=False)
+            known = np.concatenate([_before(notes[: len(notes) - len(heard)], since, amt), lasting])
+            grammar = Grammar(rules, max_events=int(room), given=known)
             music += self._alone(ids, grammar, sampling, seed, on_note, since)
             new = notes_of_events(np.array(grammar.events, np.int64).reshape(-1, 3), amt)
             reason = grammar.finish_reason or "stop"
@@ -642,6 +648,21 @@ def _merged(first: Notes, second: Notes) -> Notes:
     columns = [np.concatenate(pair) for pair in zip(first.columns, second.columns, strict=True)]
     order = np.argsort(columns[0], kind="stable")
     return Notes(*(column[order] for column in columns))
+
+
+def _before(notes: Notes, since: float, amt: Any) -> np.ndarray:
+    """Return what notes before a second are to a grammar: events at 0 with what is left of them.
+
+    They may sound still, and each of their instruments keeps its channel.
+    """
+    if not len(notes):
+        return np.empty((0, 3), np.int64)
+    left = Notes(np.zeros(len(notes)), np.maximum(notes.onset + notes.duration - since, 0),
+                 *notes.columns[2:])  # fmt: skip
+    events = events_of(left, amt, cut=False)
+    kept = events[:, 1] > 0
+    kept[np.unique(events[:, 2] // amt.pitches, return_index=True)[1]] = True
+    return events[kept]
 
 
 def _style(source: Any) -> Style:

@@ -200,7 +200,8 @@ class Grammar:
     Args:
         rules: What it keeps to.
         max_events: Events after which it ends; rests count, those given do not.
-        given: `[n, 3]` events that stand before, within the same window.
+        given: `[n, 3]` events that stand before, within the same window; their durations may be
+            longer than the grid's.
         controls: `[m, 3]` events to anticipate: each is forced in, as three ids of a control, as
             soon as an event is at most five seconds before it. They are not doubled and count
             among the 15 instruments, but not for `max_polyphony` or `max_events`.

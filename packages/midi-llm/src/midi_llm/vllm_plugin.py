@@ -170,7 +170,8 @@ def _events(values: Any, config: AMTConfig, *, rests: bool) -> "np.ndarray | Non
     events = np.array(values)
     if events.ndim != 2 or events.shape[1] != 3 or events.dtype.kind != "i":
         raise UserError("events are lists of three whole numbers: onset, duration, note")
-    low, high = [0, 0, REST if rests else 0], [config.times, config.durations, config.notes]
+    longest = 2**31 if rests else config.durations  # what was given may sound on
+    low, high = [0, 0, REST if rests else 0], [config.times, longest, config.notes]
     if (events < low).any() or (events >= high).any():
         raise UserError("an event lies outside the grid")
     if (np.diff(events[:, 0]) < 0).any():

@@ -28,9 +28,9 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Call a command's main function and turn what happens into an exit code.
 
-    `UserError`, `MissingDependencyError`, `CheckpointError`, and operating-system errors about a
-    path or a full disk become one line `error: ...` on stderr; `--debug` among the arguments adds
-    the traceback. Any other exception is a bug and prints its traceback.
+    `UserError`, `MissingDependencyError`, `CheckpointError`, operating-system errors about a path
+    or a full disk, and a device without memory become one line `error: ...` on stderr; `--debug`
+    among the arguments adds the traceback. Any other exception is a bug and prints its traceback.
 
     Args:
         main: Takes the arguments, returns an exit code or None for 0.
@@ -63,7 +63,10 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str] | None = No
             return _report(_describe(error), "--debug" in arguments)
         traceback.print_exc()
         return 1
-    except Exception:  # noqa: BLE001 - the last resort of a command: show the bug, exit 1
+    except Exception as error:  # noqa: BLE001 - the last resort of a command: show the bug, exit 1
+        if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported here
+            text = "the device is out of memory; ask for less at once, or for shorter sequences"
+            return _report(text, "--debug" in arguments)
         traceback.print_exc()
         return 1
     return code or 0
