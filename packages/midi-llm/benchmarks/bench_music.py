@@ -1,9 +1,10 @@
 """Speed of reading, writing and decoding, ours and plain peers in one process, in turns.
 
-Reading and writing: real tunes if --data names them, else etudes written as files; the peer is the
-message-by-message tokenizer of `midi_llm.reference` through mido. Decoding: one slot of an event at
-MIDI-LLM's vocabulary (183,286 rows), the head whole or sliced; and models with and without the
-grammar. Results are checked before anything is timed.
+Reading and writing: real tunes if --data names them, else etudes written as files; the peers are
+the message-by-message tokenizer of `midi_llm.reference` through mido and, where --anticipation
+names a checkout of jthickstun/anticipation, AMT's own. Decoding: one slot of an event at MIDI-LLM's
+vocabulary (183,286 rows), the head whole or sliced; and models with and without the grammar. Ids,
+files and heads are compared before they are timed.
 """
 
 import sys
@@ -41,6 +42,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the results here as well")
     parser.add_argument("--rounds", type=int, default=7, help="timed runs of each (default: 7)")
     parser.add_argument("--data", type=Path, help="folder with nottingham/MIDI")
+    parser.add_argument("--anticipation", type=Path, help="checkout of jthickstun/anticipation")
     args = parser.parse_args(argv)
     if args.rounds < 3:
         raise UserError("--rounds must be at least 3")
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> int:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         files = find_files(args.data, Path(folder))
-        rows += tokenising(files, args.rounds)
+        rows += tokenising(files, args.rounds, amt_reader(args.anticipation))
         rows += writing(Path(folder), args.rounds)
     rows += heads(args.rounds)
     rows += grammars(args.rounds)
@@ -63,21 +65,37 @@ def main(argv: list[str]) -> int:
             package="midi-llm",
             version=__version__,
             command=f"bench_music.py --rounds {args.rounds}"
-            + (" --data DATA" if args.data else ""),
+            + (" --data DATA" if args.data else "")
+            + (" --anticipation REPOSITORY" if args.anticipation else ""),
             correctness={
-                "gate": "ids equal the peer's, tokens equal with and without",
+                "gate": f"the ids of {PEER_FILES} files equal the peers', both writers' files hold "
+                "the same notes, the sliced head equals the whole one to 1e-3",
                 "max_err": 0,
             },
             rows=rows,
             notes=[
                 "One thread; the median of runs in turns.",
-                f"The peer reads {PEER_FILES} of the files; rates are notes a second.",
+                f"Peers read {PEER_FILES} of the files; rates are notes a second.",
                 "Heads: the three steps of an event for 8 sequences, width 2048, float32, random.",
                 "Grammar: sampling with the same model and seeds; without it any id of the slot "
                 "may come, so that texts differ but not their number of ids.",
             ],
         )
     return 0
+
+
+def amt_reader(folder: Path | None) -> Callable[[Path], list[int]] | None:
+    """Return AMT's own reader of files: ids of events, without rests and the grid's end."""
+    if folder is None:
+        return None
+    sys.path.insert(0, str(folder))
+    try:
+        from anticipation.convert import (  # pyright: ignore[reportMissingImports]
+            midi_to_events,
+        )
+    except ImportError as error:
+        raise UserError(f"{folder} holds no anticipation: {error}") from error
+    return lambda file: midi_to_events(str(file))
 
 
 def find_files(data: Path | None, folder: Path) -> list[Path]:
@@ -127,24 +145,32 @@ def ids(notes: Notes) -> np.ndarray:
     return ids_of(pad_rests(events[events[:, 0] < AMT.times], AMT), AMT)
 
 
-def tokenising(files: list[Path], rounds: int) -> list[dict[str, Any]]:
-    """Time files to ids, ours and the peer, and scores to ids."""
+def tokenising(
+    files: list[Path], rounds: int, amt: Callable[[Path], list[int]] | None
+) -> list[dict[str, Any]]:
+    """Time files to ids, ours and the peers, and scores to ids."""
     few = files[:: max(1, len(files) // PEER_FILES)][:PEER_FILES]
     counts = {str(f): len(read_notes(f)) for f in files}
-    for file in few[::7]:
+    for file in few:
         notes = read_notes(file)
         if notes.end < AMT.max_time and naive_tokenize(file, AMT) != ids(notes).tolist():
             raise UserError(f"{file}: ids differ from the peer's")
+        if amt is not None:
+            events = events_of(notes, AMT) + [0, AMT.duration_offset, AMT.note_offset]
+            if amt(file) != events.ravel().tolist():
+                raise UserError(f"{file}: events differ from those of AMT's own reader")
     scores = [read_score(f) for f in few]
     joined = Notes(
         *(np.concatenate(c) for c in zip(*(read_notes(f).columns for f in few), strict=True))
     )
     total, part = sum(counts.values()), sum(counts[str(f)] for f in few)
+    own = {} if amt is None else {"amt": lambda: [amt(f) for f in few]}
     times = in_turns(
         {
             "ours": lambda: [ids(notes) for notes in read_many(files)],
             "alone": lambda: [ids(read_notes(f)) for f in files],
             "peer": lambda: [naive_tokenize(f, AMT) for f in few],
+            **own,
             "scores": lambda: [ids(notes_of_score(s)) for s in scores],
             "events": lambda: events_of(joined, AMT),
         },
@@ -160,6 +186,10 @@ def tokenising(files: list[Path], rounds: int) -> list[dict[str, Any]]:
             over_the_peer=total / median(times["alone"]) / peer),
         row("files to ids", "plain Python through mido", f"{len(few)} files, {part:,} notes",
             times["peer"], notes_a_second=peer),
+        *([] if amt is None else [
+            row("files to events", "anticipation, AMT's own", f"{len(few)} files, {part:,} notes",
+                times["amt"], notes_a_second=part / median(times["amt"]),
+                ours_over_it=ours / (part / median(times["amt"])))]),
         row("scores to ids", "midi_llm", f"{len(few)} scores, {part:,} notes", times["scores"],
             notes_a_second=part / median(times["scores"])),
         row("notes to ids' numbers", "midi_llm", f"{part:,} notes", times["events"],
@@ -177,6 +207,13 @@ def writing(folder: Path, rounds: int) -> list[dict[str, Any]]:
         rng.integers(0, 12, count),
         rng.integers(30, 90, count),
     )
+    for name in ("symusic", "mido"):
+        write_midi(notes, folder / f"{name}.mid", writer=name)
+    one, two = (read_notes(folder / f"{name}.mid") for name in ("symusic", "mido"))
+    order = [np.lexsort((n.instrument, n.pitch, n.onset)) for n in (one, two)]
+    for first, second in zip(one[order[0]].columns, two[order[1]].columns, strict=True):
+        if not np.array_equal(first, second):
+            raise UserError("the writers' files differ")
     times = in_turns(
         {
             "symusic": lambda: write_midi(notes, folder / "a.mid"),
