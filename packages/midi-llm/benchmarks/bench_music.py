@@ -156,7 +156,7 @@ def tokenising(
         if notes.end < AMT.max_time and naive_tokenize(file, AMT) != ids(notes).tolist():
             raise UserError(f"{file}: ids differ from the peer's")
         if amt is not None:
-            events = events_of(notes, AMT) + [0, AMT.duration_offset, AMT.note_offset]
+            events = events_of(notes, AMT) + np.array([0, AMT.duration_offset, AMT.note_offset])
             if amt(file) != events.ravel().tolist():
                 raise UserError(f"{file}: events differ from those of AMT's own reader")
     scores = [read_score(f) for f in few]

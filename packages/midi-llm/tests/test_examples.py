@@ -40,4 +40,4 @@ def test_every_command_of_the_readme_is_one():
     assert {verb for verb, _ in commands} == set(verbs)
     for verb, rest in commands:
         known = set(verbs[verb]._option_string_actions)
-        assert set(re.findall(r"--[a-z_]+", rest)) <= known, verb
+        assert set(re.findall(r"--[a-z0-9_]+", rest)) <= known, verb
