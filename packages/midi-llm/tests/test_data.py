@@ -427,29 +427,28 @@ def test_a_job_that_is_cut_short_leaves_the_old_data(how, sources, tmp_path):
     out = tmp_path / "out"
     prepare_sft([(tune(20), "slow")], processor(), length=64).save_to_disk(str(out))
     before = rows_of(out)
+    command = [
+        sys.executable, "-m", "midi_llm", "prepare", "sft", "--midi", str(tmp_path / "midi"),
+        "--model", str(tmp_path / "model"), "--out", str(out), "--all", "--overwrite",
+        "--copies", "600", "--workers", "2", "--length", "256",
+    ]  # fmt: skip
     job = subprocess.Popen(
-        [
-            sys.executable, "-m", "midi_llm", "prepare", "sft", "--midi", str(tmp_path / "midi"),
-            "--model", str(tmp_path / "model"), "--out", str(out), "--all", "--overwrite",
-            "--copies", "600", "--workers", "2", "--length", "256",
-        ],
-        stderr=subprocess.PIPE, text=True,
+        command, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # where pytest ignores it
     )  # fmt: skip
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not list(tmp_path.glob(".out.prepare/shards-*/*.arrow")):
         assert job.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     job.send_signal(how)
-    _, said = job.communicate(timeout=60)  # ends when the last worker has closed its end as well
+    _, said = job.communicate(timeout=120)  # ends when the last worker has closed its end as well
     assert job.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     if how == signal.SIGINT:
         assert said.splitlines() == ["interrupted"]
         assert not list(tmp_path.glob(".out*"))
     assert rows_of(out) == before
-    again = [a if a not in ("--copies", "600") else {"--copies": "--seed", "600": "1"}[a]
-             for a in job.args]  # fmt: skip
-    subprocess.run(again, check=True, capture_output=True, timeout=120)
+    again = [{"--copies": "--seed", "600": "1"}.get(word, word) for word in command]
+    subprocess.run(again, check=True, capture_output=True, timeout=300)
     assert not list(tmp_path.glob(".out*")), "what was left is not cleared"
     assert rows_of(out) != before

@@ -24,7 +24,7 @@ from path_attn.config import (
     read_config_file,
 )
 from path_attn.files import check_model_folder, check_text_file
-from tenfold_common.atomic import check_output_file, write_json
+from tenfold_common.atomic import write_json
 from tenfold_common.cli import Parser, base_parser, quiet_libraries, run, run_verb
 from tenfold_common.errors import UserError, suggest
 
