@@ -370,7 +370,7 @@ GRID = SMALL.to_dict()
             "pitch_range",
         ),
         ({"grid": GRID, "offset": 3, "max_events": 3, "given": [[0, 1]]}, "three whole numbers"),
-        ({"grid": GRID, "offset": 3, "max_events": 3, "given": [[0, 999, 1]]}, "outside"),
+        ({"grid": GRID, "offset": 3, "max_events": 3, "given": [[0, -1, 1]]}, "outside"),
         ({"grid": GRID, "offset": 3, "max_events": 3, "controls": [[0, 1, 1]]}, "no controls"),
         (
             {"grid": GRID, "offset": 3, "max_events": 3, "given": [[5, 1, 1], [4, 1, 1]]},

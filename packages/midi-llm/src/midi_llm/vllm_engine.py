@@ -74,7 +74,7 @@ class _VLLM(Composer):
         """Return what an id that is not allowed may come from."""
 
     def _replay(
-        self, ids: Sequence[int], grammar: Grammar, each: "Callable[[], None] | None"
+        self, ids: Sequence[int], grammar: Grammar, each: "Callable[[], None] | None" = None
     ) -> list[int]:
         """Advance a grammar by what was generated, and return its music ids."""
         found: list[int] = []
