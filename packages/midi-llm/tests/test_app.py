@@ -20,6 +20,7 @@ import pytest
 from midi_files import midi, off, on, raw, tempo
 
 from midi_llm import app as app_module
+from midi_llm import studio as studio_module
 from midi_llm.decode import MidiOutput
 from midi_llm.midi_read import read_notes
 from midi_llm.midi_write import Style
@@ -432,10 +433,10 @@ def test_without_fluidsynth_the_sound_is_a_preview(
 
 
 def test_a_preview_has_no_endless_tones(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app_module, "choose_engine", lambda *_: ("preview", "for this test"))
+    monkeypatch.setattr(studio_module, "choose_engine", lambda *_: ("preview", "for this test"))
     heard = []
     monkeypatch.setattr(
-        app_module, "to_wav",
+        studio_module, "to_wav",
         lambda source, *a, **named: (heard.append(source.notes), to_wav(source, *a, **named)),
     )  # fmt: skip
     client = make()
@@ -458,13 +459,13 @@ def test_a_take_that_goes_while_it_is_made(
     client = make(max_takes=4)
     studio = studio_of(client)
     one = take(client)
-    original = getattr(app_module, name)
+    original = getattr(studio_module, name)
 
     def late(*arguments: Any, **named: Any) -> Any:
         evict(studio)
         return original(*arguments, **named)
 
-    monkeypatch.setattr(app_module, name, late)
+    monkeypatch.setattr(studio_module, name, late)
     answer = client.get(one["links"]["wav" if name == "to_wav" else "roll"])
     assert "there is no take" in error(answer, 404)
     assert len(list(studio.folder.iterdir())) == 4
@@ -498,10 +499,10 @@ def test_a_sound_that_fails_of_a_take_that_is_gone(
     def fails(*_: Any, **__: Any) -> None:
         raise UserError("FluidSynth failed")
 
-    monkeypatch.setattr(app_module, "to_wav", fails)
+    monkeypatch.setattr(studio_module, "to_wav", fails)
     one = take(client)
     assert "no sound: FluidSynth failed" in error(client.get(one["links"]["wav"]), 500)
-    monkeypatch.setattr(app_module, "to_wav", lambda *_, **__: (evict(studio), fails()))
+    monkeypatch.setattr(studio_module, "to_wav", lambda *_, **__: (evict(studio), fails()))
     assert "there is no take" in error(client.get(one["links"]["wav"]), 404)
 
 
@@ -545,26 +546,26 @@ def test_one_at_a_time_and_a_full_queue_turns_away(make: Make, lm: FakeLM) -> No
     take(client)
 
 
-@pytest.mark.parametrize("what", ["piano_roll_svg", "to_wav", "read_score"])
+@pytest.mark.parametrize("what", ["piano_roll_svg", "to_wav", "read_piece"])
 def test_pictures_sounds_and_uploads_wait_in_lines_too(
     make: Make, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    monkeypatch.setattr(app_module, "_DRAWN", 0)
-    monkeypatch.setattr(app_module, "_RENDERED", 0)
+    monkeypatch.setattr(studio_module, "_DRAWN", 0)
+    monkeypatch.setattr(studio_module, "_RENDERED", 0)
     client = make()
     links = take(client)["links"]
     gate, begun = threading.Event(), threading.Event()
-    original = getattr(app_module, what)
+    original = getattr(studio_module, what)
 
     def held(*arguments: Any, **named: Any) -> Any:
         begun.set()
         assert gate.wait(30)
         return original(*arguments, **named)
 
-    monkeypatch.setattr(app_module, what, held)
+    monkeypatch.setattr(studio_module, what, held)
 
     def once() -> Any:
-        if what == "read_score":
+        if what == "read_piece":
             return client.post("/api/upload", content=midi([on(0), off(480)]))
         return client.get(links["wav" if what == "to_wav" else "roll"])
 

@@ -92,15 +92,19 @@ def read_score(source: Source) -> "ScoreTick":
     return read_piece(source)[1]
 
 
-def read_piece(source: Source) -> "tuple[Notes, ScoreTick]":
+def read_piece(source: Source, *, max_notes: int = MAX_NOTES) -> "tuple[Notes, ScoreTick]":
     """Read a MIDI file both ways: what sounds, and a `symusic.Score` for tempo, metre and key.
+
+    Args:
+        source: A file, or its bytes.
+        max_notes: More are refused.
 
     Raises:
         UserError: as of `read_notes`.
     """
     from symusic import Score
 
-    notes = read_notes(source)
+    notes = read_notes(source, max_notes=max_notes)
     data, name = _bytes(source)
     reader: Any = Score
     try:
