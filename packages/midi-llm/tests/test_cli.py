@@ -587,7 +587,8 @@ def test_rows_of_an_amt_checkpoint(model, tmp_path, capsys):
 
 
 def test_no_output_is_an_input_or_another_output(model, midi, tmp_path, capsys):
-    before = Path(midi).read_bytes()
+    before, config = Path(midi).read_bytes(), Path(model) / "config.json"
+    assert config.exists()
     named = ("--prompt", "x", "--model", model)
     for arguments in (
         ("tokenize", midi, "--json", midi),
@@ -596,6 +597,7 @@ def test_no_output_is_an_input_or_another_output(model, midi, tmp_path, capsys):
         ("render", midi, "--wav", midi),
         ("continue", midi, "--seconds", 1, "--out", midi, *named),
         ("infill", midi, "--start", 1, "--end", 2, "--out", midi, *named),
+        ("generate", "x", "--out", tmp_path / "out", "--model", model, "--json", config),
         ("render", midi, "--wav", tmp_path / "a.wav", "--roll", tmp_path / "a.wav"),
     ):
         call(*arguments, code=2)

@@ -270,14 +270,14 @@ def test_a_resumed_run_goes_on_with_the_same_data(start, half, tmp_path, capsys)
     pairs = [(tune(i + 50), "slow jazz") for i in range(16)]
     prepare_sft(pairs, made, length=64, seed=0).save_to_disk(str(tmp_path / "data"))
     short((start[0], tmp_path / "data"), half, "--resume", code=2)
-    assert "was started on other data" in capsys.readouterr().err
+    assert "was started with data" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run_is_not_gone_on_with(start, tmp_path, capsys):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "a.txt").write_text("x")
     short(start, tmp_path / "thesis", "--resume", code=2)
-    assert "holds no run to go on with" in capsys.readouterr().err
+    assert "holds no run to resume" in capsys.readouterr().err
     shutil.copytree(start[0], tmp_path / "model")
     before = sorted(tmp_path.rglob("*"))
     short((tmp_path / "model", start[1]), tmp_path / "model", "--resume", code=2)

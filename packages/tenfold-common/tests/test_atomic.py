@@ -1,6 +1,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -499,3 +501,40 @@ def test_json_holds_names_that_are_no_text(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"file": "\udcff\u00fc"}
     write_json(tmp_path / "a.json", {"file": "\u00fc"})
     assert "\u00fc" in (tmp_path / "a.json").read_text("utf-8")
+
+
+def test_a_file_of_a_folder_that_is_read_is_no_output(tmp_path):
+    fill(tmp_path, {"model/config.json": b"{}"})
+    with pytest.raises(UserError, match="would be overwritten"):
+        check_output_file(tmp_path / "model" / "config.json", inputs=[tmp_path / "model"])
+    check_output_file(tmp_path / "model" / "figures.json", inputs=[tmp_path / "model"])
+
+
+LEAVES = """
+import os, signal, sys
+from tenfold_common.atomic import atomic_dir
+with atomic_dir(sys.argv[1]) as folder:
+    (folder / "half").write_bytes(b"x")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_killed_runs_left_is_deleted_by_the_next(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    subprocess.run([sys.executable, "-c", LEAVES, str(out)], check=False, timeout=60)
+    [left] = tmp_path.iterdir()
+    fill(tmp_path, {
+        ".other.0123456789ab.tmp/x": b"", ".out.0123456789ab.tmp/x": b"", ".out.mine.tmp/x": b"",
+    })  # fmt: skip
+    whole = tmp_path / ".out.0123456789ab.tmp"
+    mark_complete(whole)
+    with atomic_dir(out):
+        assert left.exists(), "it was made a moment ago"
+    monkeypatch.setattr(module, "_FRESH", -1)
+    with atomic_dir(out) as one, atomic_dir(out):
+        assert one.exists(), "somebody is at work in it"
+        assert not left.exists()
+        assert whole.exists()
+    assert entries(tmp_path) == sorted([
+        ".other.0123456789ab.tmp", ".out.0123456789ab.tmp", ".out.mine.tmp", "out",
+    ])  # fmt: skip

@@ -6,7 +6,7 @@ caption what can be held against notes. Both work by templates and rules, withou
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -22,7 +22,7 @@ from midi_llm.attributes import (
     duration_word,
     tempo_word,
 )
-from midi_llm.midi_write import Style, parse_key
+from midi_llm.midi_write import Style, parse_key, with_what_fits
 from midi_llm.vocab import DRUMS, PROGRAMS, instrument_name
 from tenfold_common.errors import UserError
 
@@ -355,15 +355,10 @@ def style_of_prompt(text: str, *, key: str | None = None) -> Style:
         UserError: `key` is none, or one that no file can have.
     """
     found = parse_caption(text[:_LONGEST])
-    wished = {"tempo": found.tempo, "time_signature": found.time_signature, "key": found.key}
-    style = Style(key=key)
-    for name, value in wished.items():
-        if value is not None and not (name == "key" and key is not None):
-            try:
-                style = replace(style, **{name: value})
-            except UserError:  # a prompt may say anything; what no file can have is left out
-                continue
-    return style
+    return with_what_fits(
+        Style(key=key), tempo=found.tempo, time_signature=found.time_signature,
+        key=found.key if key is None else None,
+    )  # fmt: skip
 
 
 def _find_key(text: str) -> str | None:

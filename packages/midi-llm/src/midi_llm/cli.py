@@ -6,17 +6,15 @@ Nothing but the standard library is imported until a verb runs, so that help is 
 import argparse
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from midi_llm._version import __version__
 from tenfold_common.atomic import (
+    atomic_dir,
     check_output_dir,
     check_output_file,
-    locked_folder,
-    prepare_output_dir,
 )
 from tenfold_common.cli import (
     Parser,
@@ -136,7 +134,7 @@ def _parser() -> Parser:
     expand.add_argument("--init", choices=("normal", "mean", "factored", "amt"), default="normal")
     expand.add_argument("--source", metavar="MODEL", help="of --init amt: an AMT checkpoint")
     expand.add_argument("--small", action="store_true", help="the grid for tiny models")
-    expand.add_argument("--overwrite", action="store_true", help="delete what is in --out first")
+    expand.add_argument("--overwrite", action="store_true", help="replace what an earlier run made")
 
     convert = verb("convert", _convert, "make the public MIDI-LLM checkpoint loadable")
     convert.add_argument("folder", metavar="FOLDER")
@@ -174,7 +172,9 @@ def _parser() -> Parser:
         help="processes; the rows are the same for any number (default 1)",
     )  # fmt: skip
     prepare.add_argument("--all", action="store_true", help="short and long pieces too")
-    prepare.add_argument("--overwrite", action="store_true", help="delete what is in --out first")
+    prepare.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier run made"
+    )
 
     train = verb("train", _train, "train a model on prepared data")
     train.add_argument("--model", required=True, metavar="FOLDER")
@@ -326,7 +326,7 @@ def _model(arguments: argparse.Namespace) -> Any:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    _check_json(arguments)
+    _check_outputs(arguments)
     out = Path(arguments.out)
     files = [out / f"take-{i + 1}.mid" for i in range(arguments.n)]
     if not arguments.overwrite and (there := [f for f in files if f.exists()]):
@@ -372,7 +372,7 @@ def _continue(arguments: argparse.Namespace) -> int:
 
 def _change(arguments: argparse.Namespace, method: str, own: dict[str, Any]) -> int:
     """Write a file that a method of a model makes of another one."""
-    _check_json(arguments, arguments.out)
+    _check_outputs(arguments, arguments.out)
     from midi_llm.midi_read import read_piece
     from midi_llm.midi_write import style_of_score
 
@@ -407,7 +407,7 @@ def _tokenizer(arguments: argparse.Namespace, grid: "dict[str, Any] | None" = No
 
 
 def _tokenize(arguments: argparse.Namespace) -> int:
-    _check_json(arguments)
+    _check_outputs(arguments)
     tokenizer = _tokenizer(arguments)
     if arguments.windows:
         found = [w.tolist() for w in tokenizer.encode_windows(arguments.file)]
@@ -420,7 +420,7 @@ def _tokenize(arguments: argparse.Namespace) -> int:
 
 
 def _detokenize(arguments: argparse.Namespace) -> int:
-    _check_json(arguments, arguments.out)
+    _check_outputs(arguments, arguments.out)
     try:
         found = json.loads(Path(arguments.ids).read_text(encoding="utf-8"))
     except ValueError as error:
@@ -449,7 +449,7 @@ def _detokenize(arguments: argparse.Namespace) -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    _check_json(arguments)
+    _check_outputs(arguments)
     if arguments.instruments:
         from midi_llm.vocab import DRUMS, instrument_name
 
@@ -479,7 +479,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _caption(arguments: argparse.Namespace) -> int:
-    _check_json(arguments)
+    _check_outputs(arguments)
     from midi_llm.attributes import analyze
     from midi_llm.captions import describe
 
@@ -493,14 +493,11 @@ def _caption(arguments: argparse.Namespace) -> int:
 
 
 def _expand(arguments: argparse.Namespace) -> int:
-    _check_json(arguments)
+    _check_outputs(arguments)
     if (arguments.source is None) == (arguments.init == "amt"):
         raise UserError("--init amt needs --source, an AMT checkpoint; the others take none")
-    named: dict[str, Any] = {
-        "overwrite": arguments.overwrite,
-        "inputs": [arguments.base, arguments.source],
-    }
-    check_output_dir(arguments.out, **named)
+    inputs = [arguments.base, arguments.source]
+    check_output_dir(arguments.out, overwrite=arguments.overwrite, inputs=inputs)
     quiet_libraries()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -520,16 +517,16 @@ def _expand(arguments: argparse.Namespace) -> int:
         raise UserError(f"{name} cannot be loaded: {error}") from error
     offset = int(model.get_input_embeddings().weight.shape[0])
     expand_vocabulary(model, amt, init=arguments.init, source=source, seed=arguments.seed)
-    out = prepare_output_dir(arguments.out, **named)
-    MidiLM(model, TextMidiProcessor(tokenizer, amt, offset)).save_pretrained(out)
+    with atomic_dir(arguments.out) as made:
+        MidiLM(model, TextMidiProcessor(tokenizer, amt, offset)).save_pretrained(made)
     size = int(model.get_input_embeddings().weight.shape[0])
-    print(f"{out}: {size} rows, music from {offset} on")
-    write_found(arguments, {"folder": str(out), "rows": size, "offset": offset})
+    print(f"{arguments.out}: {size} rows, music from {offset} on")
+    write_found(arguments, {"folder": arguments.out, "rows": size, "offset": offset})
     return 0
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    _check_json(arguments)
+    _check_outputs(arguments)
     quiet_libraries()
     from midi_llm.modeling import convert
 
@@ -540,7 +537,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    _check_json(arguments)
+    _check_outputs(arguments)
     for name, stage in (
         ("text", "cpt"), ("exclude", "cpt"), ("captions", "sft"), ("copies", "sft"),
         ("dropout", "sft"),
@@ -554,9 +551,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
         raise UserError(f"--length must be at least 4, a flag and an event, not {arguments.length}")
     names = ("midi", "model", "text", "captions", "exclude")
     inputs = [getattr(arguments, name) for name in names]
-    check_output_dir(arguments.out, overwrite=arguments.overwrite, inputs=inputs)
-    import shutil
-
+    place: dict[str, Any] = {"overwrite": arguments.overwrite, "inputs": inputs}
+    check_output_dir(arguments.out, **place)
     left: Counter[str] = Counter()
     sources = _pieces(arguments, left)
     quiet_libraries()
@@ -568,22 +564,9 @@ def _prepare(arguments: argparse.Namespace) -> int:
         length=arguments.length, copies=arguments.copies or 1, dropout=dropout,
         seed=arguments.seed, filters=Filters(1, 0.0, 14400.0, 129) if arguments.all else Filters(),
     )  # fmt: skip
-    out = Path(arguments.out).resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # What is there stays until the new rows are whole, which are made beside it.
-    beside, new = f".{out.name}.prepare", not out.exists()
-    try:
-        with locked_folder(out), _own_folder(out.with_name(beside)) as made:
-            found = write_dataset(sources, made, recipe, workers=arguments.workers)
-            prepare_output_dir(out, overwrite=arguments.overwrite, inputs=inputs)
-            # The state comes last: without it the folder does not load.
-            for file in sorted(made.iterdir(), key=lambda file: file.name == "state.json"):
-                shutil.move(file, out)
-    except BaseException:
-        if new:
-            with suppress(OSError):  # it holds something
-                out.rmdir()
-        raise
+    with atomic_dir(arguments.out) as made:
+        found = write_dataset(sources, made, recipe, workers=arguments.workers)
+        check_output_dir(arguments.out, **place)  # another run may have been there
     left += found.left_out
     print(
         f"{arguments.out}: {found.rows} rows of {arguments.length} ids from {found.used} of "
@@ -594,19 +577,6 @@ def _prepare(arguments: argparse.Namespace) -> int:
     write_found(arguments, {"folder": arguments.out, "rows": found.rows, "pieces": found.used,
                        "left_out": dict(left)})  # fmt: skip
     return 0
-
-
-@contextmanager
-def _own_folder(folder: Path) -> "Iterator[Path]":
-    """Make a folder for a job, without what an earlier one that was killed left there."""
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _pieces(arguments: argparse.Namespace, left: Counter[str]) -> "list[Source]":
@@ -684,7 +654,7 @@ def _numbered_rows(path: str, *names: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    _check_json(arguments)
+    _check_outputs(arguments)
     quiet_libraries()
     from datasets import load_from_disk
 
@@ -721,7 +691,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    _check_json(arguments)
+    _check_outputs(arguments)
     from midi_llm.attributes import MusicAttributes
     from midi_llm.evaluation import evaluate
     from midi_llm.midi_read import read_notes
@@ -823,7 +793,7 @@ class _Sounds(Sequence):
 
 def _render(arguments: argparse.Namespace) -> int:
     targets = [arguments.wav, arguments.roll, arguments.spectrogram]
-    _check_json(arguments, *targets)
+    _check_outputs(arguments, *targets)
     if not any(targets):
         raise UserError("name --wav, --roll or --spectrogram")
     import tempfile
@@ -845,7 +815,7 @@ def _render(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    _check_json(arguments)
+    _check_outputs(arguments)
     from midi_llm.app import serve
 
     def ready(address: str) -> None:
@@ -861,7 +831,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    _check_json(arguments)
+    _check_outputs(arguments)
     out = Path(arguments.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder")
@@ -876,12 +846,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0 if result.passed else 1
 
 
-def _check_json(arguments: argparse.Namespace, *others: str | None) -> None:
-    """Check the file of --json and other outputs: none is an input, or another output."""
-    names = ("file", "ids", "requests", "text", "captions", "exclude")
-    taken = [getattr(arguments, name, None) for name in names] + list(
-        getattr(arguments, "files", [])
-    )
+def _check_outputs(arguments: argparse.Namespace, *others: str | None) -> None:
+    """Refuse outputs, --json among them, that are an input, of an input, or another output."""
+    names = ("file", "ids", "requests", "text", "captions", "exclude", "model", "processor", "data",
+             "base", "source", "folder")  # fmt: skip
+    taken = [getattr(arguments, name, None) for name in names]
+    taken += getattr(arguments, "files", [])
     for output in filter(None, (arguments.json, *others)):
         check_output_file(output, inputs=taken)
         taken.append(output)

@@ -155,7 +155,7 @@ class Composer(ABC):
         key = constraints.key if constraints else None
         styles = [style or style_of_prompt(text, key=key) for text in texts]
         rules = Rules(self.processor.amt, constraints)
-        room = self._room(ids, max_notes)
+        room = self._room(ids, max_notes, most=DEFAULT_NOTES)
         if rules.constraints.min_notes > room:
             raise UserError(
                 f"min_notes is {rules.constraints.min_notes}, but a piece has {room} events at most"
@@ -244,7 +244,7 @@ class Composer(ABC):
         context = ids_of(both, amt, control=flags)
         ids = [*self.processor.encode(prompt, controls=True), *(self.processor.offset + context)]
         left = len(controls) - len(due)
-        room = self._room([ids], max_notes, most=None, beside=left)
+        room = self._room([ids], max_notes, beside=left)
         grammar = Grammar(
             rules,
             max_events=room,
@@ -322,7 +322,7 @@ class Composer(ABC):
             rules = Rules(
                 amt, GenerationConstraints.from_dict({**given, "end_time": until, "min_notes": 0})
             )
-            room = min(left, self._room([ids], None, most=None))
+            room = min(left, self._room([ids], None))
             lasting = events_of(moved, amt, cut=False)
             known = np.concatenate([_before(notes[: len(notes) - len(heard)], since, amt), lasting])
             grammar = Grammar(rules, max_events=int(room), given=known)
@@ -382,7 +382,7 @@ class Composer(ABC):
         ids: Sequence[Sequence[int]],
         wanted: int | None,
         *,
-        most: int | None = DEFAULT_NOTES,
+        most: int | None = None,
         beside: int = 0,
     ) -> int:
         """Return how many events may follow prompts.

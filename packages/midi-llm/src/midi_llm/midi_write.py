@@ -2,6 +2,7 @@
 
 import logging
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -81,12 +82,18 @@ def style_of_score(score: Any) -> Style:
         said["time_signature"] = (int(metre.numerator), int(metre.denominator))
     if len(score.key_signatures):
         said["key"] = _name_of_key(score.key_signatures[0])
-    style = Style()
-    for name, value in said.items():
-        try:
-            style = replace(style, **{name: value})
-        except UserError:  # a file may say anything; none of it moves a note
-            continue
+    return with_what_fits(Style(), **said)
+
+
+def with_what_fits(style: Style, **wished: Any) -> Style:
+    """Return a style with other fields, but for those that are None or that no file can have.
+
+    For what files and prompts say, which may be anything; none of it moves a note.
+    """
+    for name, value in wished.items():
+        if value is not None:
+            with suppress(UserError):
+                style = replace(style, **{name: value})
     return style
 
 

@@ -1,6 +1,5 @@
 """Training by transformers' Trainer: checkpoints that survive a kill, two learning rates, LoRA."""
 
-import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 RUN_FILE = "train_config.json"
-FREE = ("steps", "save_every", "log_every")  # may change when a run goes on
+_FREE = ("steps", "save_every", "log_every")  # may change when a run goes on
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,12 @@ def train(
         CheckpointError: a checkpoint to resume from is damaged.
     """
     from tenfold_common.atomic import locked_folder, prepare_output_dir, write_json
-    from tenfold_common.trainer import disk_errors, resume_point, train_to_the_end
+    from tenfold_common.trainer import (
+        check_same_run,
+        disk_errors,
+        resume_point,
+        train_to_the_end,
+    )
 
     config, folder, main = config or TrainConfig(), Path(folder), not _is_worker()
     processor.check_model(model)
@@ -189,12 +193,12 @@ def train(
             "no weight of the model is to be trained; is it an adapter's folder? Merge it with its "
             "model first, or train that one"
         )
-    told = _told(config, model, dataset)
+    described = _described(config, model, dataset)
     read = [model.config.name_or_path or None, *(f["filename"] for f in dataset.cache_files)]
     with locked_folder(folder) if main else nullcontext(), disk_errors(folder):
         if main:
-            if resume:
-                _check_same_run(folder, told)
+            if resume and any(folder.iterdir()):
+                check_same_run(folder / RUN_FILE, described, free=_FREE)
             prepare_output_dir(folder, resume=resume, overwrite=overwrite, inputs=read)
         model.config.use_cache = False
         trainer = make_trainer(model, dataset, folder, config)
@@ -202,7 +206,7 @@ def train(
         if point is not None and int(point.name.rpartition("-")[2]) > config.steps:
             raise UserError(f"the run is at {point.name} already, beyond {config.steps} steps")
         if trainer.args.should_save:
-            write_json(folder / RUN_FILE, told)
+            write_json(folder / RUN_FILE, described)
         train_to_the_end(trainer, point)
         model.config.use_cache = True
         target = folder / "model"
@@ -212,34 +216,15 @@ def train(
     return target
 
 
-def _told(config: TrainConfig, model: "PreTrainedModel", dataset: "Dataset") -> dict[str, Any]:
-    """Return what a run is, as its folder keeps it."""
-    ends = [dataset[i]["input_ids"] for i in (0, len(dataset) // 2, len(dataset) - 1)]
+def _described(config: TrainConfig, model: "PreTrainedModel", dataset: "Dataset") -> dict[str, Any]:
+    """Return what a run is, as its folder keeps it; of the data three rows stand for all."""
+    some = [dataset[i]["input_ids"] for i in (0, len(dataset) // 2, len(dataset) - 1)]
     return {
         **asdict(config),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "rows": len(dataset),
-        "sha256": sha256(repr(ends).encode()).hexdigest(),  # of three rows
+        "data": sha256(repr(some).encode()).hexdigest(),
     }
-
-
-def _check_same_run(folder: Path, told: dict[str, Any]) -> None:
-    """Refuse to go on with something else than what a folder holds."""
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    try:
-        before = json.loads((folder / RUN_FILE).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} holds no run to go on with: it has no {RUN_FILE} that can be read"
-        ) from error
-    for name, value in told.items():
-        if name not in FREE and before.get(name) != value:
-            what = f"with {name} {before.get(name)!r}, not {value!r}"
-            raise UserError(
-                f"{folder} was started {'on other data' if name == 'sha256' else what}; a resumed "
-                "run cannot change it"
-            )
 
 
 def _is_worker() -> bool:

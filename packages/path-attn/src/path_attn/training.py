@@ -50,6 +50,7 @@ from tenfold_common.errors import CheckpointError, UserError, suggest
 from tenfold_common.trainer import (
     AtomicCheckpoints,
     MetricsFile,
+    check_same_run,
     delete_folder,
     disk_errors,
     resume_point,
@@ -405,15 +406,7 @@ def _check_same_run(config: TrainConfig, out: Path) -> None:
             f"{out} holds a comparison of {names}; go on with all of them, or with one in its own "
             f"folder: --output_dir {out / config.position_encoding}."
         )
-    if not (out / CONFIG_FILE).is_file():
-        raise UserError(f"{out} holds no run to resume (no {CONFIG_FILE}).")
-    before, now = read_run_config(out).to_dict(), _portable(config)
-    for name in now:
-        if name not in _FREE_ON_RESUME and before[name] != now[name]:
-            raise UserError(
-                f"{out} was started with {name} {before[name]!r}, not {now[name]!r}; a resumed "
-                "run cannot change it."
-            )
+    check_same_run(out / CONFIG_FILE, _portable(config), free=_FREE_ON_RESUME)
 
 
 def _prepare_folder(config: TrainConfig, out: Path) -> None:

@@ -9,7 +9,6 @@ README.md           TRL's model card
 """
 
 import dataclasses
-import json
 import logging
 import shutil
 import sys
@@ -38,6 +37,7 @@ from tenfold_common.errors import UserError, suggest
 from tenfold_common.optional import require
 from tenfold_common.trainer import (
     MetricsFile,
+    check_same_run,
     delete_folder,
     disk_errors,
     resume_point,
@@ -79,7 +79,7 @@ def train(options: TrainOptions) -> Path:
     arguments = training_arguments(options)
     main = arguments.process_index == 0
     if main and options.resume:
-        _check_same_run(options, out)
+        check_same_run(out / OPTIONS_FILE, _portable(options), free=_FREE_ON_RESUME)
     tokenizer, dataset = _tokenizer(options), training_data(options)
     with locked_folder(out) if main else nullcontext():
         with arguments.main_process_first(desc="preparing the output folder"):
@@ -313,21 +313,3 @@ def _portable(options: TrainOptions) -> dict[str, Any]:
         if value and Path(value).exists():
             values[name] = str(Path(value).resolve())
     return values
-
-
-def _check_same_run(options: TrainOptions, out: Path) -> None:
-    """Raise `UserError` unless the run in a folder is the one being resumed."""
-    file = out / OPTIONS_FILE
-    if not file.is_file():
-        raise UserError(f"{out} holds no run to resume (no {OPTIONS_FILE}).")
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(_portable(options)))
-    except ValueError as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    for name, value in now.items():
-        if name not in _FREE_ON_RESUME and before.get(name) != value:
-            raise UserError(
-                f"{out} was started with {name} {before.get(name)!r}, not {value!r}; a resumed run "
-                "cannot change it."
-            )

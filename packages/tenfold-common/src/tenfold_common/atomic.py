@@ -11,8 +11,9 @@ import errno
 import json
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal
 
@@ -20,6 +21,7 @@ from tenfold_common.errors import CheckpointError, UserError
 
 MARKER = "COMPLETE"
 _SCHEMA = "tenfold-complete/1"
+_FRESH = 60  # seconds in which a folder is not taken for one that a killed run left
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     written and the sibling takes the name. An earlier complete folder of that name is swapped out
     in one step on Linux; elsewhere it is first moved to a sibling `.NAME.*.tmp`, so that a crash
     between the two renames leaves the name free and both folders whole. If the block raises,
-    nothing changes.
+    nothing changes. Half-filled siblings that killed runs left are deleted.
 
     Args:
         path: The folder to make; its parent is made if missing.
@@ -95,8 +97,11 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     _check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in _left_behind(target):
+        rmtree(left, ignore_errors=True)
     temporary = _sibling(target)
     temporary.mkdir()
+    held = _flock(temporary)  # the sign that somebody is at work in it
     try:
         yield temporary
         mark_complete(temporary)
@@ -115,6 +120,8 @@ def atomic_dir(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync_folder(target.parent)
     finally:
         rmtree(temporary, ignore_errors=True)
+        if held is not None:
+            os.close(held)
 
 
 def mark_complete(path: str | os.PathLike[str]) -> None:
@@ -313,11 +320,12 @@ def check_output_file(
 
     Args:
         path: The file to be written later.
-        inputs: Files that the job reads, or writes too; None is passed over.
+        inputs: Files and folders that the job reads, and other files that it writes; None is
+            passed over.
 
     Raises:
-        UserError: it is a folder or one of the inputs, or the folder it lies in is absent or not
-            writable.
+        UserError: it is a folder, one of the inputs or a file of one of them, or the folder it lies
+            in is absent or not writable.
     """
     path = Path(path)
     if path.is_dir():
@@ -326,8 +334,10 @@ def check_output_file(
         raise UserError(f"cannot write {path}: there is no folder {path.parent}.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {path}: the folder {path.parent} is not writable.")
-    if any(one is not None and Path(one).resolve() == path.resolve() for one in inputs):
-        raise UserError(f"{path} would be overwritten; name another file.")
+    real = path.resolve()
+    for one in (Path(one).resolve() for one in inputs if one is not None):
+        if real == one or (path.exists() and one.is_dir() and real.is_relative_to(one)):
+            raise UserError(f"{path} would be overwritten; name another file.")
 
 
 @contextmanager
@@ -351,20 +361,50 @@ def locked_folder(folder: str | Path) -> Iterator[Path]:
             f"cannot make the output folder {str(folder)!r}: {error.strerror or error}"
         ) from error
     try:
-        import fcntl
-    except ImportError:
-        yield folder
-        return
-    handle = os.open(folder, os.O_RDONLY)
+        handle = _flock(folder)
+    except BlockingIOError as error:
+        raise UserError(f"another run is writing to {folder}.") from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(f"another run is writing to {folder}.") from error
         yield folder
     finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _flock(folder: Path) -> int | None:
+    """Lock a folder until the handle returned is closed; None where folders cannot be locked.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
         os.close(handle)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise BlockingIOError(*error.args) from error
+        return None
+    return handle
+
+
+def _left_behind(target: Path) -> Iterator[Path]:
+    """Yield the siblings of a folder in which killed runs were at work: neither whole nor held."""
+    name = re.compile(rf"\.{re.escape(target.name[:40])}\.[0-9a-f]{{12}}\.tmp")
+    for one in sorted(target.parent.iterdir()):
+        if not name.fullmatch(one.name) or not one.is_dir() or (one / MARKER).exists():
+            continue
+        with suppress(OSError):  # it is held, or gone
+            handle = _flock(one)
+            # One that was made just now is perhaps not locked yet.
+            if handle is not None:
+                os.close(handle)
+                if time.time() - one.stat().st_mtime > _FRESH:
+                    yield one
 
 
 def _sibling(target: Path) -> Path:

@@ -9,7 +9,7 @@ import logging
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
@@ -186,6 +186,34 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None and state.global_step % int(args.logging_steps) == 0:
             control.should_save = True
             control.should_training_stop = True
+
+
+def check_same_run(file: Path, now: Mapping[str, Any], *, free: Collection[str] = ()) -> None:
+    """Refuse to go on with another run than the one that a file describes.
+
+    Args:
+        file: JSON that the run wrote when it began.
+        now: The same of the run that is asked for.
+        free: Names of what may differ.
+
+    Raises:
+        UserError: there is no such file, it cannot be read, or something else differs; the message
+            names it with both values.
+    """
+    if not file.is_file():
+        raise UserError(f"{file.parent} holds no run to resume (no {file.name}).")
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError("it holds no options")
+    except ValueError as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    for name, value in json.loads(json.dumps(now)).items():
+        if name not in free and before.get(name) != value:
+            raise UserError(
+                f"{file.parent} was started with {name} {before.get(name)!r}, not {value!r}; a "
+                "resumed run cannot change it."
+            )
 
 
 def resume_point(folder: Path) -> Path | None:
