@@ -487,7 +487,10 @@ def write_dataset(
 
 
 def _run(shards: list[Shard], recipe: Recipe, folder: Path, workers: int) -> list[Tally]:
-    """Make all shards, each worker every n-th, and end the workers whatever happens."""
+    """Make all shards, each worker every n-th, and end the workers whatever happens.
+
+    The workers of concurrent.futures' pool would outlive a first process that is killed.
+    """
     from multiprocessing import get_context
     from multiprocessing.connection import wait
 
