@@ -149,7 +149,7 @@ def run_demo(
         tables=_tables(runs),
         figures=_figures(out_dir, runs[0]),
         samples=[_sample(runs[0])],
-        notes=_notes(folder),
+        notes=_notes(runs, folder),
         seconds=time.monotonic() - started,
         environment=environment(),
     )
@@ -515,7 +515,7 @@ def _sample(run: Run) -> Sample:
     return Sample("Two held-out captions", "\n".join(lines))
 
 
-def _notes(folder: Path | None) -> list[str]:
+def _notes(runs: Sequence[Run], folder: Path | None) -> list[str]:
     found = [
         "Instruments count by family, as the small grid has 16 of them and drums. Tempo is "
         "measured from onsets, never from the file.",
@@ -523,6 +523,12 @@ def _notes(folder: Path | None) -> list[str]:
         "computed by the same measures; its tempo shows what measuring from onsets can reach.",
         "All models take the same number of steps.",
     ]
+    alone, both = (
+        {m: np.mean([run.scores[name][m] for run in runs]) for m in METRICS}
+        for name in ("SFT", "CPT + SFT")
+    )
+    if better := [SHOWN[m] for m in METRICS if alone[m] > both[m]]:
+        found.append(f"Against the paper, the second stage alone is better in {', '.join(better)}.")
     if folder is None:
         found.append(
             "No real tunes: name a folder with nottingham/ and jsb/ in TENFOLD_DATA to train on "
