@@ -524,11 +524,11 @@ def _notes(runs: Sequence[Run], folder: Path | None) -> list[str]:
         "All models take the same number of steps.",
     ]
     alone, both = (
-        {m: np.mean([run.scores[name][m] for run in runs]) for m in METRICS}
+        {m: _mean([run.scores[name][m] for run in runs]) for m in METRICS}
         for name in ("SFT", "CPT + SFT")
     )
     if better := [SHOWN[m] for m in METRICS if alone[m] > both[m]]:
-        found.append(f"Against the paper, the second stage alone is better in {', '.join(better)}.")
+        found.append(f"Against expectation the second stage alone is better in {', '.join(better)}.")
     if folder is None:
         found.append(
             "No real tunes: name a folder with nottingham/ and jsb/ in TENFOLD_DATA to train on "
