@@ -528,7 +528,9 @@ def _notes(runs: Sequence[Run], folder: Path | None) -> list[str]:
         for name in ("SFT", "CPT + SFT")
     )
     if better := [SHOWN[m] for m in METRICS if alone[m] > both[m]]:
-        found.append(f"Against expectation the second stage alone is better in {', '.join(better)}.")
+        found.append(
+            f"Against expectation the second stage alone is better in {', '.join(better)}."
+        )
     if folder is None:
         found.append(
             "No real tunes: name a folder with nottingham/ and jsb/ in TENFOLD_DATA to train on "
