@@ -3,7 +3,8 @@
 Two threads that wait for each other are slower than one where a core is busy with something else,
 or where the model is so small that waiting costs more than reading. So both are timed, the faster
 one is used, and the other is tried again after a while, the longer after, the more often it lost;
-and at once where a call takes much longer than it did.
+and at once where a call takes much longer than it did. The first choice is soon looked at again: it
+is made right after a prompt was read, while other libraries' threads may still spin on the cores.
 """
 
 import time
@@ -12,7 +13,8 @@ from contextlib import contextmanager
 from statistics import median
 
 TRIAL = 7  # tokens of a trial, each timed by itself; their median counts
-PERIOD = 256  # tokens until the first repetition of a trial; doubled with each that is lost
+CLEAR, LOST = 3, 1.25  # a trial ends when its so many first tokens all took so much longer
+PERIOD = 32  # tokens until the first repetition of a trial; doubled with each that is lost
 LONGEST = 2**16
 SLOWED = 2.0  # times as slow as it was: the other is tried at once
 
@@ -61,8 +63,18 @@ class Threads:
         self._sample.append(spent)
         self._left -= tokens
         slowed = not self._trial and spent > SLOWED * self._seconds[self._best]
-        if self._left <= 0 or slowed:  # the machine has become busy: who knows what is best now
+        if slowed:  # the machine has become busy, or it was a hitch: both are timed anew
+            self._seconds, self._sample, self._left = {}, [], TRIAL
+        elif self._left <= 0 or self._clear:
             self._decide()
+
+    @property
+    def _clear(self) -> bool:
+        """Whether a trial is lost for certain."""
+        best = self._seconds.get(self._best)
+        if not self._trial or best is None or len(self._sample) < CLEAR:
+            return False
+        return min(self._sample) > LOST * best
 
     def _decide(self) -> None:
         self._seconds[self._trying] = median(self._sample[-64:])

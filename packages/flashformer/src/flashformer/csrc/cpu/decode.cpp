@@ -101,8 +101,9 @@ struct Decoder {
   // Worker w of the plan is this thread's if w % threads == thread, so that any number of threads
   // does the work of a plan, with the same results.
   template <class Emit>
-  void rows(const Gemv& g, Emit emit) {
-    for (int w = thread; w < m.workers; w += threads) multiply(g, w, input, emit);
+  void rows(const Gemv& g, const Gemv& next, Emit emit) {
+    for (int w = thread; w < m.workers; w += threads)
+      multiply(g, w, w + threads < m.workers ? g.stream[w + threads] : next.stream[thread], input, emit);
   }
 
   // Meanwhile the first weights of the next stage come into the cache: they depend on nothing.
@@ -170,12 +171,13 @@ struct Decoder {
     if (asked(0)) embed(token, start);
     for (int l = 0, stage = 0; l < m.layers; ++l, stage += 5) {
       const Layer& layer = m.layer[l];
+      const Gemv& next = l + 1 < m.layers ? m.layer[l + 1].qkv : m.head;
       const float* x = l ? static_cast<float*>(shared.x) : static_cast<float*>(start);
       const Span seen = span(m, layer, position);
       if (asked(stage)) {  // queries, keys and values
         normalise(x, layer.norm1);
         ready(layer.qkv);
-        rows(layer.qkv, [&](int row, F r) { keep(layer.qkv, shared.qkv, row, r); });
+        rows(layer.qkv, layer.output, [&](int row, F r) { keep(layer.qkv, shared.qkv, row, r); });
         synchronise(layer.output);
       }
       if (asked(stage + 1)) {  // attention
@@ -186,30 +188,31 @@ struct Decoder {
       if (asked(stage + 2)) {  // its output
         combine(m, seen.count, shared.chunks, shared.partial, shared.tops, values);
         ready(layer.output);
-        rows(layer.output, [&](int row, F r) { add(layer.output, x, shared.x, row, r); });
+        rows(layer.output, layer.up, [&](int row, F r) { add(layer.output, x, shared.x, row, r); });
         synchronise(layer.up);
       }
       if (asked(stage + 3)) {  // gate and up
         normalise(shared.x, layer.norm2);
         ready(layer.up);
-        rows(layer.up, [&](int row, F r) { gate(layer.up, row, r); });
+        rows(layer.up, layer.down, [&](int row, F r) { gate(layer.up, row, r); });
         synchronise(layer.down);
       }
       if (asked(stage + 4)) {  // down
         std::memcpy(values, shared.act, m.intermediate * sizeof(float));
         ready(layer.down);
-        rows(layer.down, [&](int row, F r) { add(layer.down, shared.x, shared.x, row, r); });
-        synchronise(l + 1 < m.layers ? m.layer[l + 1].qkv : m.head);
+        rows(layer.down, next, [&](int row, F r) { add(layer.down, shared.x, shared.x, row, r); });
+        synchronise(next);
       }
     }
     if (!logits || !asked(5 * m.layers)) return -1;
     normalise(shared.x, m.norm);
     ready(m.head);
     Best best{0.0f, -1};
-    rows(m.head, [&](int row, F r) {
+    rows(m.head, m.layer[0].qkv, [&](int row, F r) {
       keep(m.head, logits, row, r);
       nan |= any_nan(r);
-      if (choose) consider(row, std::min(LANES, m.vocab - row), logits, position, best);
+      if (choose && (call->choice == GUMBEL || best.index < 0 || any_over(r, best.value)))
+        consider(row, std::min(LANES, m.vocab - row), logits, position, best);
     });
     shared.best[8 * thread] = best;
     if (thread == 0) *shared.cancelled = call->cancel && __atomic_load_n(call->cancel, __ATOMIC_RELAXED);

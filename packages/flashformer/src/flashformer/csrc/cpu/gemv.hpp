@@ -1,6 +1,7 @@
 // A tile of 16 rows times a vector, for each format of weights. The weights are one linear stream.
 #pragma once
 #include <algorithm>
+#include <cstddef>
 #include <limits>
 
 #include "model.hpp"
@@ -9,7 +10,6 @@
 namespace ff {
 
 constexpr int ACTIVATION_GROUP = 128;  // elements of an int8 activation that share a scale
-constexpr int AHEAD = 1024;            // bytes that are asked for ahead of their use
 
 // A vector as the formats want it: floats padded with zeros, and for INT8 and INT4 as int8 with
 // one scale and one sum per group.
@@ -41,27 +41,25 @@ inline void quantise(const Input& x, int k_padded, int group) {
     }
     const float top = largest(most);
     const F inverse = all(top > 0 ? 127.0f / top : 0.0f);
-    int32_t total = 0;
+    I total = izero();
     for (int i = 0; i < size; i += LANES) {
-      store(whole, nearest(load(v + i) * inverse));
-      for (int j = 0; j < LANES; ++j) {
-        const int32_t q = int32_t(whole[j]);
-        x.quantised[start + i + j] = int8_t(q);
-        total += q;
-      }
+      const I q = to_int(load(v + i) * inverse);
+      store_int8(x.quantised + start + i, q);
+      total = total + q;
     }
     x.scales[g] = top / 127.0f;
-    x.sums[g] = total;
+    x.sums[g] = sum(total);
   }
 }
 
-inline void prefetch_line(const void* p) { prefetch(static_cast<const char*>(p) + AHEAD); }
+// A tile's functions ask for what lies `far` bytes ahead, line by line.
+inline void prefetch_line(const void* p, ptrdiff_t far) { prefetch(static_cast<const char*>(p) + far); }
 
-inline F tile_f32(const uint8_t* stream, const Gemv& g, const Input& x) {
+inline F tile_f32(const uint8_t* stream, ptrdiff_t far, const Gemv& g, const Input& x) {
   const float* w = reinterpret_cast<const float*>(stream);
   F a = zero(), b = zero(), c = zero(), d = zero();
   for (int k = 0; k < g.k_padded; k += 4, w += 4 * LANES) {
-    prefetch_line(w), prefetch_line(w + LANES), prefetch_line(w + 2 * LANES), prefetch_line(w + 3 * LANES);
+    for (int i = 0; i < 4; ++i) prefetch_line(w + i * LANES, far);
     a = fma(load(w), all(x.values[k]), a);
     b = fma(load(w + LANES), all(x.values[k + 1]), b);
     c = fma(load(w + 2 * LANES), all(x.values[k + 2]), c);
@@ -70,63 +68,64 @@ inline F tile_f32(const uint8_t* stream, const Gemv& g, const Input& x) {
   return (a + b) + (c + d);
 }
 
-inline F tile_bf16(const uint8_t* stream, const Gemv& g, const Input& x) {
+inline F tile_bf16(const uint8_t* stream, ptrdiff_t far, const Gemv& g, const Input& x) {
   const uint16_t* w = reinterpret_cast<const uint16_t*>(stream);
   F a = zero(), b = zero(), c = zero(), d = zero();
   for (int k = 0; k < g.k_padded; k += 4, w += 4 * LANES) {
-    prefetch_line(w), prefetch_line(w + 2 * LANES);
+    prefetch_line(w, far), prefetch_line(w + 2 * LANES, far);
     fma_pair(w, all(x.values[k]), all(x.values[k + 1]), a, b);
     fma_pair(w + 2 * LANES, all(x.values[k + 2]), all(x.values[k + 3]), c, d);
   }
   return (a + b) + (c + d);
 }
 
-inline F tile_int8(const uint8_t* stream, const Gemv& g, const Input& x) {
+inline F tile_int8(const uint8_t* stream, ptrdiff_t far, const Gemv& g, const Input& x) {
   const int8_t* w = reinterpret_cast<const int8_t*>(stream);
   F total = zero();
   for (int start = 0, group = 0; start < g.k_padded; start += ACTIVATION_GROUP, ++group) {
     const int stop = std::min(start + ACTIVATION_GROUP, g.k_padded);
-    I acc = izero();
-    for (int k = start; k < stop; k += 8, w += 8 * LANES) {
-      prefetch_line(w), prefetch_line(w + 4 * LANES);
-      dot8(w, four(x.quantised + k), acc);
-      dot8(w + 4 * LANES, four(x.quantised + k + 4), acc);
-    }
-    total = fma(to_float(undo8(acc, x.sums[group])), all(x.scales[group]), total);
+    I acc[4] = {izero(), izero(), izero(), izero()};  // a product waits for the sum before it
+    for (int k = start; k < stop; k += 16, w += 16 * LANES)
+      for (int i = 0; i < 4; ++i) {
+        prefetch_line(w + 4 * i * LANES, far);
+        dot8(w + 4 * i * LANES, four(x.quantised + k + 4 * i), acc[i]);
+      }
+    const I dot = undo8((acc[0] + acc[1]) + (acc[2] + acc[3]), x.sums[group]);
+    total = fma(to_float(dot), all(x.scales[group]), total);
   }
   return total * load(reinterpret_cast<const float*>(w));
 }
 
-inline F tile_int4(const uint8_t* w, const Gemv& g, const Input& x) {
+inline F tile_int4(const uint8_t* w, ptrdiff_t far, const Gemv& g, const Input& x) {
   F total = zero();
   for (int start = 0, group = 0; start < g.k_padded; start += g.group, ++group) {
-    I acc = izero();
+    // Whole numbers below 2^24 all along, so that it does not matter when they become floats.
+    I acc = iall(g.zeros ? 0 : -8 * x.sums[group]);
     for (int k = start; k < start + g.group; k += 32, w += 16 * LANES) {
-      prefetch_line(w), prefetch_line(w + 64), prefetch_line(w + 128), prefetch_line(w + 192);
-      dot4(w, x.quantised + k, acc);
+      for (int i = 0; i < 4; ++i) prefetch_line(w + 64 * i, far);
+      acc = dot4(w, x.quantised + k, acc);
     }
     const F scale = load_half(reinterpret_cast<const uint16_t*>(w)) * all(x.scales[group]);
     w += 2 * LANES;
-    const F sums = all(float(x.sums[group]));
-    F offset;
+    F dot = to_float(acc);
     if (g.zeros) {
-      offset = load_bytes(w) * sums;
+      dot = dot - load_bytes(w) * all(float(x.sums[group]));
       w += LANES;
-    } else {
-      offset = all(8.0f) * sums;
     }
-    total = fma(to_float(acc) - offset, scale, total);
+    total = fma(dot, scale, total);
   }
   return total;
 }
 
-// Calls emit(first row, 16 results) for each tile of a worker.
+// Calls emit(first row, 16 results) for each tile of a worker. While a tile is multiplied the one
+// after it comes into the cache; after the last one that is `next`, which does not depend on it.
 template <class Emit>
-void multiply(const Gemv& g, int worker, const Input& x, Emit emit) {
+void multiply(const Gemv& g, int worker, const uint8_t* next, const Input& x, Emit emit) {
   const uint8_t* w = g.stream[worker];
   const int stop = g.first[worker + 1];
   const auto run = [&](auto tile) {
-    for (int t = g.first[worker]; t < stop; ++t, w += g.tile_bytes) emit(t * LANES, tile(w, g, x));
+    for (int t = g.first[worker]; t < stop; ++t, w += g.tile_bytes)
+      emit(t * LANES, tile(w, t + 1 < stop ? g.tile_bytes : next - w, g, x));
   };
   switch (g.format) {
     case F32: run(tile_f32); break;

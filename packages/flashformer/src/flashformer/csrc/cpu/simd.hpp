@@ -84,6 +84,12 @@ inline F load_bytes(const uint8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
 inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline I to_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }  // to nearest even
+inline I iall(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline int32_t sum(I a) { return _mm512_reduce_add_epi32(a.v); }
+inline void store_int8(int8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
+inline bool any_over(F a, float x) { return _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(x), _CMP_GT_OQ) != 0; }
 // Lanes hold two bf16: acc += low * x0 + high * x1.
 inline void fma_pair(const uint16_t* p, F x0, F x1, F& even, F& odd) {
   const __m512i w = _mm512_loadu_si512(p);
@@ -99,13 +105,17 @@ inline void dot8(const int8_t* p, X4 x, I& acc) {
 }
 inline I undo8(I acc, int32_t sum_x) { return {_mm512_sub_epi32(acc.v, _mm512_set1_epi32(128 * sum_x))}; }
 // 32 values of k for 16 rows as nibbles: a lane's byte holds k = 8 i + b (low) and 8 i + 4 + b.
-inline void dot4(const uint8_t* p, const int8_t* x, I& acc) {
+// Four sums, as one product waits five cycles for the one before it.
+inline I dot4(const uint8_t* p, const int8_t* x, I start) {
   const __m512i low = _mm512_set1_epi8(15);
+  __m512i acc[4] = {start.v, _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
   for (int i = 0; i < 4; ++i) {
     const __m512i w = _mm512_loadu_si512(p + 64 * i);
-    acc.v = _mm512_dpbusd_epi32(acc.v, _mm512_and_si512(w, low), four(x + 8 * i).v);
-    acc.v = _mm512_dpbusd_epi32(acc.v, _mm512_and_si512(_mm512_srli_epi16(w, 4), low), four(x + 8 * i + 4).v);
+    __m512i &even = acc[i % 2 * 2], &odd = acc[i % 2 * 2 + 1];
+    even = _mm512_dpbusd_epi32(even, _mm512_and_si512(w, low), four(x + 8 * i).v);
+    odd = _mm512_dpbusd_epi32(odd, _mm512_and_si512(_mm512_srli_epi16(w, 4), low), four(x + 8 * i + 4).v);
   }
+  return {_mm512_add_epi32(_mm512_add_epi32(acc[0], acc[1]), _mm512_add_epi32(acc[2], acc[3]))};
 }
 
 #elif defined(FF_256)
@@ -156,6 +166,23 @@ inline F load_bytes(const uint8_t* p) {
           _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
 }
 inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+inline I iall(int32_t x) { const __m256i v = _mm256_set1_epi32(x); return {v, v}; }
+inline I operator+(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+inline int32_t sum(I x) {
+  const __m256i s = _mm256_add_epi32(x.a, x.b);
+  __m128i r = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+  r = _mm_add_epi32(r, _mm_shuffle_epi32(r, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(r, _mm_shuffle_epi32(r, 0xb1)));
+}
+inline void store_int8(int8_t* p, I x) {
+  const __m256i pairs = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+  _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+}
+inline bool any_over(F x, float y) {
+  const __m256 v = _mm256_set1_ps(y);
+  return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(x.a, v, _CMP_GT_OQ), _mm256_cmp_ps(x.b, v, _CMP_GT_OQ))) != 0;
+}
 inline void fma_pair(const uint16_t* p, F x0, F x1, F& even, F& odd) {
   const __m256i high = _mm256_set1_epi32(int(0xffff0000));
   const __m256i w = _mm256_loadu_si256((const __m256i*)p), u = _mm256_loadu_si256((const __m256i*)(p + 16));
@@ -186,9 +213,8 @@ inline __m256i dot4(const uint8_t* p, const int8_t* x) {
   }
   return _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
 }
-inline void dot4(const uint8_t* p, const int8_t* x, I& acc) {
-  acc.a = _mm256_add_epi32(acc.a, dot4(p, x));
-  acc.b = _mm256_add_epi32(acc.b, dot4(p + 32, x));
+inline I dot4(const uint8_t* p, const int8_t* x, I start) {
+  return {_mm256_add_epi32(start.a, dot4(p, x)), _mm256_add_epi32(start.b, dot4(p + 32, x))};
 }
 
 #else
@@ -221,6 +247,12 @@ inline F load_bf16(const uint16_t* p) { F r; FF_EACH(r.v[i] = bf16_to_float(p[i]
 inline F load_half(const uint16_t* p) { F r; FF_EACH(r.v[i] = half_to_float(p[i])); return r; }
 inline F load_bytes(const uint8_t* p) { F r; FF_EACH(r.v[i] = float(p[i])); return r; }
 inline F to_float(I a) { F r; FF_EACH(r.v[i] = float(a.v[i])); return r; }
+inline I to_int(F a) { I r; FF_EACH(r.v[i] = int32_t(std::nearbyint(a.v[i]))); return r; }
+inline I iall(int32_t x) { I r; FF_EACH(r.v[i] = x); return r; }
+inline I operator+(I a, I b) { FF_EACH(a.v[i] += b.v[i]); return a; }
+inline int32_t sum(I a) { int32_t r = 0; FF_EACH(r += a.v[i]); return r; }
+inline void store_int8(int8_t* p, I a) { FF_EACH(p[i] = int8_t(a.v[i])); }
+inline bool any_over(F a, float x) { bool r = false; FF_EACH(r |= a.v[i] > x); return r; }
 inline void fma_pair(const uint16_t* p, F x0, F x1, F& even, F& odd) {
   FF_EACH(even.v[i] += bf16_to_float(p[2 * i]) * x0.v[i]);
   FF_EACH(odd.v[i] += bf16_to_float(p[2 * i + 1]) * x1.v[i]);
@@ -231,13 +263,14 @@ inline void dot8(const int8_t* p, X4 x, I& acc) {
   FF_EACH(acc.v[i] += p[4 * i] * x.v[0] + p[4 * i + 1] * x.v[1] + p[4 * i + 2] * x.v[2] + p[4 * i + 3] * x.v[3]);
 }
 inline I undo8(I acc, int32_t) { return acc; }
-inline void dot4(const uint8_t* p, const int8_t* x, I& acc) {
+inline I dot4(const uint8_t* p, const int8_t* x, I acc) {
   for (int j = 0; j < 4; ++j)
     for (int i = 0; i < LANES; ++i)
       for (int b = 0; b < 4; ++b) {
         const int w = p[64 * j + 4 * i + b];
         acc.v[i] += (w & 15) * x[8 * j + b] + (w >> 4) * x[8 * j + 4 + b];
       }
+  return acc;
 }
 
 #endif
