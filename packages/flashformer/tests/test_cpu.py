@@ -324,6 +324,13 @@ def test_it_stops_where_it_is_told_to(kit):
     assert len(greedy(native, [5], 40, cancel=cancel)) == 40
 
 
+def test_a_call_returns_when_its_time_is_up(kit):
+    native, _ = backend(kit, kit.model())
+    whole = greedy(native, [5, 6, 7], 40)
+    assert greedy(native, [5, 6, 7], 40, limit=0.0) == whole[:1]  # all that was given is read
+    assert greedy(native, [5, 6, 7], 40, limit=60.0) == whole
+
+
 def test_it_is_stopped_by_another_thread(kit):
     model = kit.model(max_position_embeddings=200_000, num_hidden_layers=4)
     native, _ = backend(kit, model, workers=2, positions=60_000, chunk=256)

@@ -6,9 +6,11 @@ import pytest
 
 import flashformer as ff
 from flashformer import threads as module
-from flashformer.threads import CLEAR, LONGEST, LOST, PERIOD, TRIAL, Threads
+from flashformer.threads import CLEAR, LONGEST, LOST, PERIOD, SHARE, SLICE, SLOWED, TRIAL, Threads
 
-A_WHILE = 8 * PERIOD  # tokens after which a choice is settled
+MS = 1e-3
+FIRST = 2 * (int(SLICE / MS) + TRIAL)  # tokens of a millisecond in which both were tried
+A_WHILE = 32 * PERIOD  # tokens after which a choice is settled
 
 
 class Clock:
@@ -27,30 +29,50 @@ def clock(monkeypatch):
     return made
 
 
-def run(threads, clock, seconds, tokens, calls):
-    """Decode some tokens in calls; `seconds` are those of a token by number of threads."""
+def run(threads, clock, ms, tokens, calls):
+    """Decode some tokens in calls, which keep to their limit; `ms` of a token by threads.
+
+    Returns:
+        The number of threads for every token.
+    """
     used = []
     for _ in range(calls):
         left = tokens
         while left:
-            new = min(left, threads.most or left)
-            with threads.measured(new) as chosen:
-                used += [chosen] * new
-                clock.now += seconds[chosen] * new
-            left -= new
+            with threads.measured(min(left, threads.most or left)) as call:
+                each = ms[call.threads] * MS
+                if call.limit is not None:
+                    call.tokens = min(call.tokens, int(call.limit / each) + 1)
+                clock.now += each * call.tokens
+            used += [call.threads] * call.tokens
+            left -= call.tokens
     return used
+
+
+def trials(used, best=1):
+    """Where the other number begins to be tried."""
+    return [i for i in range(1, len(used)) if used[i] != best and used[i - 1] == best]
 
 
 @pytest.mark.parametrize("best", [1, 4])
 @pytest.mark.parametrize("tokens", [1, 8, 40])
 def test_the_faster_number_is_used(clock, best, tokens):
     threads = Threads(4)
-    seconds = {1: 1.0, 4: 1.0, best: 0.5}
-    used = run(threads, clock, seconds, tokens, A_WHILE // tokens)
-    after = used[2 * TRIAL + 1 :]
-    assert set(after[:PERIOD]) == {best}
-    assert after.count(5 - best) <= 3 * CLEAR  # trials that were soon lost
-    assert set(used[: 2 * TRIAL + 1]) == {1, 4}
+    used = run(threads, clock, {1: 1.0, 4: 1.0, best: 0.5}, tokens, A_WHILE // tokens)
+    assert set(used[: 2 * FIRST]) == {1, 4}
+    after = used[2 * FIRST :]
+    assert after.count(5 - best) <= CLEAR * len(trials(after, best))
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_trials_take_little_time(clock, tokens):
+    """Those that are clearly lost, and however slow the other is."""
+    for slower in (1.3, 3.0, 50.0, 500.0):
+        threads = Threads(2)
+        run(threads, clock, {1: 1.0, 2: slower}, tokens, FIRST)
+        before = clock.now
+        used = run(threads, clock, {1: 1.0, 2: slower}, tokens, 20 * A_WHILE // tokens)
+        assert used.count(2) * slower * MS < (SHARE + 0.01) * (clock.now - before)
 
 
 def test_the_first_call_is_not_counted(clock):
@@ -58,14 +80,16 @@ def test_the_first_call_is_not_counted(clock):
     threads = Threads(2)
     with threads.measured(1):
         clock.now += 100.0
-    assert set(run(threads, clock, {1: 1.0, 2: 0.5}, 1, 2 * TRIAL + PERIOD)[2 * TRIAL :]) == {2}
+    used = run(threads, clock, {1: 1.0, 2: 0.5}, 1, 3 * FIRST)
+    assert used[-1] == 2
+    assert set(used[: int(SLICE / MS)]) == {2}
 
 
 def test_a_wrong_first_choice_is_soon_corrected(clock):
     """Another library's thread still spins on a core while the first trial runs."""
     threads = Threads(2)
-    run(threads, clock, {1: 1.0, 2: 1.5}, 1, 2 * TRIAL + 1)
-    used = run(threads, clock, {1: 1.0, 2: 0.5}, 1, PERIOD + TRIAL + 1)
+    run(threads, clock, {1: 1.0, 2: 1.1}, 1, FIRST)
+    used = run(threads, clock, {1: 1.0, 2: 0.5}, 1, 2 * PERIOD + 2 * FIRST)
     assert used[0] == 1
     assert used[-1] == 2
 
@@ -73,34 +97,47 @@ def test_a_wrong_first_choice_is_soon_corrected(clock):
 @pytest.mark.parametrize("slower", [LOST - 0.01, LOST + 0.01])
 def test_a_trial_that_is_clearly_lost_ends(clock, slower):
     threads = Threads(2)
-    run(threads, clock, {1: 1.0, 2: slower}, 1, 2 * TRIAL + 1)
-    used = run(threads, clock, {1: 1.0, 2: slower}, 1, PERIOD + 2 * TRIAL)
-    assert used.count(2) == (CLEAR if slower > LOST else TRIAL)
+    used = run(threads, clock, {1: 1.0, 2: slower}, 1, A_WHILE)
+    begin = [i for i in trials(used) if i > FIRST][0]
+    length = used[begin:].index(1)
+    assert length == CLEAR if slower > LOST else length * slower * MS >= SLICE
+
+
+def test_a_trial_whose_mean_is_bad_ends_with_its_time(clock):
+    """Threads that now and then wait for a slice of the processor are fast in between."""
+    threads = Threads(2)
+    while threads.most or len(threads._seconds) < 2:  # until the first choice is made
+        run(threads, clock, {1: 1.0, 2: 2.0}, 1, 1)
+    run(threads, clock, {1: 1.0, 2: 2.0}, 1, PERIOD * 4)
+    while not threads.most:
+        run(threads, clock, {1: 1.0, 2: 0.1}, 1, 1)
+    used = run(threads, clock, {1: 1.0, 2: 0.1}, 1, 2)
+    used += run(threads, clock, {1: 1.0, 2: 200.0}, 1, 1)
+    assert used == [2, 2, 2]
+    assert run(threads, clock, {1: 1.0, 2: 0.1}, 1, PERIOD) == [1] * PERIOD
 
 
 def test_one_slow_token_does_not_lose_a_trial(clock):
     threads = Threads(2)
-    run(threads, clock, {1: 1.0, 2: 1.5}, 1, 2 * TRIAL + 1)
-    run(threads, clock, {1: 1.0, 2: 1.5}, 1, PERIOD)
-    assert run(threads, clock, {1: 1.0, 2: 3.0}, 1, CLEAR - 1) == [2] * (CLEAR - 1)
-    assert set(run(threads, clock, {1: 1.0, 2: 0.5}, 1, TRIAL + PERIOD - CLEAR)) == {2}
+    run(threads, clock, {1: 1.0, 2: 1.5}, 1, FIRST)
+    while not threads.most:
+        run(threads, clock, {1: 1.0, 2: 0.5}, 1, 1)
+    assert run(threads, clock, {1: 1.0, 2: 10.0}, 1, 1) == [2]
+    assert set(run(threads, clock, {1: 1.0, 2: 0.5}, 1, 2 * PERIOD)) == {2}
 
 
-def test_trials_are_short_and_become_rare_for_who_loses(clock):
+def test_trials_become_rare_for_who_loses(clock):
     threads = Threads(2)
-    used = run(threads, clock, {1: 1.0, 2: 50.0}, 1, 64 * PERIOD)
-    trials = [i for i, n in enumerate(used) if n == 2 and used[i - 1] == 1]
-    assert used.count(2) <= 1 + TRIAL + CLEAR * len(trials)
-    gaps = [b - a for a, b in itertools.pairwise(trials)]
-    assert len(gaps) >= 3
-    assert all(1.8 * a < b < 2.2 * a for a, b in itertools.pairwise(gaps))
+    used = run(threads, clock, {1: 1.0, 2: 1.3}, 1, 64 * A_WHILE)
+    gaps = [b - a for a, b in itertools.pairwise(trials(used))]
+    assert len(gaps) >= 5
+    assert all(1.8 * a < b < 2.2 * a for a, b in itertools.pairwise(gaps[1:]))
 
 
 def test_the_wait_between_trials_has_an_end(clock):
     threads = Threads(2)
     used = run(threads, clock, {1: 1.0, 2: 50.0}, 1024, 6 * LONGEST // 1024)
-    trials = [i for i, n in enumerate(used) if n == 2 and used[i - 1] == 1]
-    last, before = (b - a for a, b in list(itertools.pairwise(trials))[:-3:-1])
+    last, before = (b - a for a, b in list(itertools.pairwise(trials(used)))[:-3:-1])
     assert LONGEST <= last <= LONGEST + 1024 + TRIAL
     assert last == pytest.approx(before, abs=1024 + TRIAL)
 
@@ -108,10 +145,9 @@ def test_the_wait_between_trials_has_an_end(clock):
 def test_what_was_long_ago_does_not_count(clock):
     """One thread was slow for a while, short of alarm; now it is fast, and stays the choice."""
     threads = Threads(2)
-    run(threads, clock, {1: 1.0, 2: 1.5}, 1, 2 * TRIAL + 1)
-    run(threads, clock, {1: 1.0, 2: 1.5}, 1, 7 * PERIOD)  # the next trials are far away
-    run(threads, clock, {1: 1.8, 2: 1.5}, 1, 4 * PERIOD)
-    used = run(threads, clock, {1: 1.0, 2: 1.5}, 1, 6 * PERIOD)
+    run(threads, clock, {1: 1.0, 2: 1.5}, 1, A_WHILE)
+    run(threads, clock, {1: 1.8, 2: 1.5}, 1, A_WHILE)
+    used = run(threads, clock, {1: 1.0, 2: 1.5}, 1, 8 * A_WHILE)
     assert 2 in used
     assert used[-1] == 1
 
@@ -128,37 +164,61 @@ def test_it_changes_its_mind_when_the_machine_does(clock):
 def test_a_machine_that_becomes_busy_is_noticed_at_once(clock):
     threads = Threads(2)
     run(threads, clock, {1: 1.0, 2: 0.5}, 8, A_WHILE // 8)
-    busy = run(threads, clock, {1: 2.5, 2: 40.0}, 8, 8)
-    assert busy.count(2) <= 8 + TRIAL + CLEAR  # the last: tried again
+    busy = run(threads, clock, {1: 2.5, 2: 100.0}, 8, 8)
+    assert busy.count(2) <= 3
     assert busy[-1] == 1
+
+
+def test_a_call_may_take_as_long_as_usual(clock):
+    threads = Threads(2)
+    run(threads, clock, {1: 10.0, 2: 5.0}, 8, A_WHILE // 8)
+    while threads.most:
+        run(threads, clock, {1: 10.0, 2: 5.0}, 1, 1)
+    with threads.measured(100) as call:
+        assert call.limit == pytest.approx(SLOWED * 100 * 5 * MS, rel=0.01)
+        clock.now += 5 * MS
+        call.tokens = 1
+    with threads.measured(1) as call:
+        assert call.limit == SLICE
 
 
 def test_a_hitch_changes_nothing_for_long(clock):
     threads = Threads(2)
     run(threads, clock, {1: 1.0, 2: 0.5}, 8, A_WHILE // 8)
-    run(threads, clock, {1: 50.0, 2: 50.0}, 8, 1)
-    assert run(threads, clock, {1: 1.0, 2: 0.5}, 8, 8).count(1) <= TRIAL
+    with threads.measured(1):
+        clock.now += 0.1
+    used = run(threads, clock, {1: 1.0, 2: 0.5}, 8, A_WHILE // 8)
+    assert used.count(1) <= 2 * (FIRST + PERIOD)
+    assert used[-1] == 2
 
 
 def test_one_worker_has_no_choice(clock):
-    assert set(run(Threads(1), clock, {1: 1.0}, 1, 50)) == {1}
+    threads = Threads(1)
+    assert set(run(threads, clock, {1: 1.0}, 1, 50)) == {1}
+    with threads.measured(5) as call:
+        assert call.limit is None
 
 
 def test_a_fixed_number_is_used(clock):
     threads = Threads(4)
     threads.fixed = 3
     assert set(run(threads, clock, {3: 1.0}, 1, 50)) == {3}
+    with threads.measured(5) as call:
+        assert call.limit is None
 
 
 def test_a_call_that_fails_is_not_counted(clock):
     threads = Threads(2)
     with pytest.raises(RuntimeError), threads.measured(TRIAL):
         raise RuntimeError
-    with threads.measured(1) as chosen:
-        assert chosen == 2
+    with threads.measured(1) as call:
+        assert call.threads == 2
 
 
-def test_a_model_uses_both_and_says_the_same(kit):
+@pytest.mark.parametrize("slice", [1e-4, 0.0])  # seconds; with none, calls return after a token
+def test_a_model_uses_both_and_says_the_same(kit, monkeypatch, slice):
+    monkeypatch.setattr(module, "SLICE", slice)
+    monkeypatch.setattr(module, "SLOWED", 1.0 if slice else 0.0)
     model = ff.compile(kit.model(), threads=2, max_len=400, backend="cpu")
     alone = ff.compile(kit.model(), threads=1, max_len=400, backend="cpu")
     caches = model.new_cache(), alone.new_cache()

@@ -189,7 +189,7 @@ class FlashModel:
             )
             parts.append(chosen)
             given = chosen[-1:]
-            steps = 0 if len(chosen) < new or int(given) in ends else steps - new
+            steps = 0 if int(given) in ends else steps - len(chosen)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode(
@@ -202,11 +202,14 @@ class FlashModel:
         cache.check_room(steps)
         shape = (steps, self.spec.vocab) if every else (self.spec.vocab,)
         logits = torch.empty(shape, dtype=torch.float32, device=self.device)
-        with self._threads.measured(steps) as threads:
+        with self._threads.measured(steps) as call:
+            if call.limit is not None:
+                sampling["limit"] = call.limit
             chosen = self.backend.decode(
                 cache.keys, cache.values, given, position=cache.length, new=new, logits=logits,
-                threads=threads, **sampling,
+                threads=call.threads, **sampling,
             )  # fmt: skip
+            call.tokens = len(given) + max(len(chosen) - 1, 0)
         cache.length += len(given) + max(len(chosen) - 1, 0)
         return logits, chosen
 

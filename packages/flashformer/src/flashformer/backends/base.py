@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class Backend(Protocol):
     """A plan with its weights, ready to decode; see `CPUBackend.decode` for the arguments.
 
+    `limit` is given only where there are threads to choose from, which is on the CPU.
+
     Attributes:
         plan: The plan.
         cache_format: Of keys and values, "fp32" or "bf16".
@@ -58,6 +60,7 @@ class Backend(Protocol):
         seed: int = 0,
         ends: Sequence[int] = (),
         cancel: "Tensor | None" = None,
+        **limit: float,
     ) -> "Tensor":
         """Read tokens and choose new ones."""
         ...

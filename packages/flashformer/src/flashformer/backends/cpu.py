@@ -73,6 +73,7 @@ class _Request(ctypes.Structure):
         *((name, _int32) for name in ("choice", "all_logits")),
         ("logits", _pointer),
         ("temperature", ctypes.c_double),
+        ("limit", ctypes.c_double),
         ("seed", ctypes.c_uint64),
         ("cancel", _pointer),
         *((name, _int32) for name in ("not_a_number", "threads", "first", "last")),
@@ -269,6 +270,7 @@ class CPUBackend:
         seed: int = 0,
         ends: Sequence[int] = (),
         cancel: "Tensor | None" = None,
+        limit: float = float("inf"),
         stages: tuple[int, int] | None = None,
     ) -> "Tensor":
         """Read the tokens given and choose new ones, in one call without the GIL.
@@ -287,6 +289,7 @@ class CPUBackend:
             seed: Of the draws.
             ends: Tokens after which to stop.
             cancel: `[1]` int32; stops after the token during which it becomes 1.
+            limit: Seconds after which the token then chosen is the last.
             stages: Only stages of the plan from the first to before the second, of one token, to
                 measure what calls cost; the stages before must have been run for the same token.
 
@@ -315,6 +318,7 @@ class CPUBackend:
             all_logits=logits.ndim == 2,
             logits=logits.data_ptr(),
             temperature=temperature or 1.0,
+            limit=limit,
             seed=seed % 2**64,
             cancel=None if cancel is None else cancel.data_ptr(),
             threads=threads,

@@ -1,5 +1,6 @@
 // The whole model in one call: for every token the stages of the plan, one after the other, with
 // a barrier where the plan has one. Read `Decoder::token` from top to bottom.
+#include <chrono>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -67,11 +68,11 @@ struct Shared {
         tops(int64_t(m.heads) * chunks_ * 2),
         act(m.intermediate + LANES),
         best(threads * 8),
-        cancelled(16) {}
+        stop(16) {}
   int chunks;  // of the cache
   Aligned<float> x, qkv, partial, tops, act;
   Aligned<Best> best;  // every eighth, one cache line each
-  Aligned<int32_t> cancelled;
+  Aligned<int32_t> stop;  // after this token
 };
 
 // A thread's share of the work.
@@ -88,6 +89,7 @@ struct Decoder {
   Request* call = nullptr;
   int threads = 1;
   bool nan = false;
+  std::chrono::steady_clock::time_point began;
 
   static int64_t longest(const Model& m) {
     return std::max({m.hidden, m.intermediate, m.heads * m.head_dim}) + 256;
@@ -215,11 +217,16 @@ struct Decoder {
         consider(row, std::min(LANES, m.vocab - row), logits, position, best);
     });
     shared.best[8 * thread] = best;
-    if (thread == 0) *shared.cancelled = call->cancel && __atomic_load_n(call->cancel, __ATOMIC_RELAXED);
+    if (thread == 0) *shared.stop = late() || (call->cancel && __atomic_load_n(call->cancel, __ATOMIC_RELAXED));
     synchronise(m.layer[0].qkv);
     for (int t = 0; t < threads; ++t)
       if (beats(shared.best[8 * t], best)) best = shared.best[8 * t];
     return best.index;
+  }
+
+  bool late() const {
+    using namespace std::chrono;
+    return duration<double>(steady_clock::now() - began).count() > call->limit;
   }
 
   void attention(int l, int64_t position, const Span& seen, int part) {
@@ -255,6 +262,7 @@ struct Decoder {
 
   void run(const Cache& cache_, Request& request, int threads_) {
     cache = cache_, call = &request, threads = threads_, nan = false;
+    began = std::chrono::steady_clock::now();
 #if !defined(FF_PORTABLE)
     const unsigned state = _mm_getcsr();
     _mm_setcsr(state | 0x8040);  // denormals are zero
@@ -269,7 +277,7 @@ struct Decoder {
       if (thread == 0) request.chosen[chosen] = found;
       ++chosen;
       next = found;
-      bool stop = *shared.cancelled || found < 0;
+      bool stop = *shared.stop || found < 0;
       for (int64_t i = 0; i < request.ends_count; ++i) stop |= found == request.ends[i];
       if (stop) break;
     }
