@@ -98,7 +98,7 @@ def test_a_wrong_first_choice_is_soon_corrected(clock):
 def test_a_trial_that_is_clearly_lost_ends(clock, slower):
     threads = Threads(2)
     used = run(threads, clock, {1: 1.0, 2: slower}, 1, A_WHILE)
-    begin = [i for i in trials(used) if i > FIRST][0]
+    begin = next(i for i in trials(used) if i > FIRST)
     length = used[begin:].index(1)
     assert length == CLEAR if slower > LOST else length * slower * MS >= SLICE
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Backend(Protocol):
     """A plan with its weights, ready to decode; see `CPUBackend.decode` for the arguments.
 
-    `limit` is given only where there are threads to choose from, which is on the CPU.
+    `limit` is the CPU back-end's alone: only there are threads to choose from.
 
     Attributes:
         plan: The plan.
@@ -60,7 +60,6 @@ class Backend(Protocol):
         seed: int = 0,
         ends: Sequence[int] = (),
         cancel: "Tensor | None" = None,
-        **limit: float,
     ) -> "Tensor":
         """Read tokens and choose new ones."""
         ...
