@@ -149,6 +149,7 @@ class Bench:
         self.worst = 0.0
         self.compiled: dict[str, float] = {}
         self.bandwidth: dict[int, float] = {}
+        self.backend = ""
         self.vllm = args.vllm_python or (sys.executable if is_available("vllm") else None)
         self.threads: int = args.threads
 
@@ -351,6 +352,7 @@ class Bench:
 
     def measure_bandwidth(self, model: ff.FlashModel) -> None:
         """Read memory; the best of the run is the limit."""
+        self.backend = model.backend.name
         for count in sorted({1, self.threads}):
             read = model.backend.read_bandwidth(count)  # type: ignore[attr-defined]
             self.bandwidth[count] = max(self.bandwidth.get(count, 0.0), read)
@@ -386,7 +388,8 @@ class Bench:
             f"512 MB in this run ({read}). Models that fit into the cache exceed it.",
             "int8: ours a scale a row, llama.cpp q8_0; int4: both a scale for 32 weights (q4_0), "
             "the head as well; vLLM and torch have bf16.",
-            "flashformer chooses the number of threads itself; 1 thread and 2 threads are fixed.",
+            f"flashformer ran on its back-end {self.backend}; it chooses the number of threads "
+            "itself; 1 thread and 2 threads are fixed.",
         ]
         if self.compiled:
             took = ", ".join(f"{what} {spent:.0f} s" for what, spent in self.compiled.items())
