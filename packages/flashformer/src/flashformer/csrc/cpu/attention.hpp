@@ -37,18 +37,23 @@ inline void prepare_head(const float* from, float* to, const Model& m, const flo
   for (int d = size; d < padded(size); ++d) to[d] = 0.0f;
 }
 
+constexpr int BLOCKS_AHEAD = 4;  // of keys, that are asked for before their use
+
 // scores[g][t - from] = q_g . k_t for whole blocks of positions; heads `stride` floats apart.
+// Meanwhile the values of the same positions come into the cache.
 template <int N, class T>
-void scores_of(const float* q, int q_stride, const T* keys, int width, int64_t from, int64_t to,
-               float* scores, int stride) {
+void scores_of(const float* q, int q_stride, const T* keys, const T* values, int width, int64_t from,
+               int64_t to, float* scores, int stride) {
   constexpr int U = N >= 4 ? 1 : 4 / N;  // independent sums, enough to hide the latency
   for (int64_t t = from; t < to; t += LANES) {
     const T* k = keys + t * width;  // a block of 16 positions has 16 width elements
+    const T *later = k + BLOCKS_AHEAD * LANES * width, *v = values + t * width;
     F acc[N][U];
     for (int g = 0; g < N; ++g)
       for (int u = 0; u < U; ++u) acc[g][u] = zero();
     for (int d = 0; d < width; d += U)
       for (int u = 0; u < U; ++u) {
+        prefetch(later + (d + u) * LANES), prefetch(v + (d + u) * LANES);
         const F key = load(k + (d + u) * LANES);
         for (int g = 0; g < N; ++g) acc[g][u] = fma(key, all(q[g * q_stride + d + u]), acc[g][u]);
       }
@@ -132,7 +137,7 @@ void attend(const Model& m, const Layer& layer, T* keys, T* values, int64_t max_
   for (int g = 0; g < group;) {
     const int n = group - g >= 4 ? 4 : group - g >= 2 ? 2 : 1;
     const auto go = [&](auto scorer) {
-      scorer(q + g * width, width, keys, width, aligned, to, scores + g * stride, stride);
+      scorer(q + g * width, width, keys, values, width, aligned, to, scores + g * stride, stride);
     };
     if (n == 4) go(scores_of<4, T>);
     else if (n == 2) go(scores_of<2, T>);
