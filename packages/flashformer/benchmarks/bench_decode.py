@@ -42,6 +42,7 @@ from flashformer.benchmark import (
     prompt,
     reference_logits,
     row,
+    warm_up,
 )
 from flashformer.peers import EAGER, LLAMA, OURS, STATIC, Eager, Flash, LlamaCpp, Runner, Static
 from tenfold_common.cli import base_parser, run
@@ -339,8 +340,7 @@ class Bench:
 
     def long_run(self, runner: Runner, context: int) -> list[float]:
         """Seconds a token of every burst, for some seconds, after the choice of threads settled."""
-        for _ in range(4):
-            runner.seconds(0, context, TOKENS)
+        warm_up(runner, context, TOKENS)
         found: list[float] = []
         end = time.perf_counter() + BUSY_SECONDS
         while time.perf_counter() < end or len(found) < 5:

@@ -1,15 +1,16 @@
 """How many threads take part is found out while running, and changes nothing but the time."""
 
 import itertools
+from contextlib import suppress
 
 import pytest
 
 import flashformer as ff
 from flashformer import threads as module
-from flashformer.threads import CLEAR, LONGEST, LOST, PERIOD, SHARE, SLICE, SLOWED, TRIAL, Threads
+from flashformer.threads import CLEAR, LONGEST, LOST, PARTS, PERIOD, SHARE, SLICE, SLOWED, Threads
 
 MS = 1e-3
-FIRST = 2 * (int(SLICE / MS) + TRIAL)  # tokens of a millisecond in which both were tried
+FIRST = 4 * int(SLICE / MS)  # tokens of a millisecond in which both were tried
 A_WHILE = 32 * PERIOD  # tokens after which a choice is settled
 
 
@@ -49,6 +50,12 @@ def run(threads, clock, ms, tokens, calls):
     return used
 
 
+def chosen(threads, clock, ms):
+    """Decode until the first choice is made."""
+    while len(threads._seconds) < 2:
+        run(threads, clock, ms, 1, 1)
+
+
 def trials(used, best=1):
     """Where the other number begins to be tried."""
     return [i for i in range(1, len(used)) if used[i] != best and used[i - 1] == best]
@@ -61,7 +68,16 @@ def test_the_faster_number_is_used(clock, best, tokens):
     used = run(threads, clock, {1: 1.0, 4: 1.0, best: 0.5}, tokens, A_WHILE // tokens)
     assert set(used[: 2 * FIRST]) == {1, 4}
     after = used[2 * FIRST :]
-    assert after.count(5 - best) <= CLEAR * len(trials(after, best))
+    part = max(tokens, int(SLICE / PARTS / (0.5 * MS)))
+    assert after.count(5 - best) <= CLEAR * part * len(trials(after, best))
+
+
+@pytest.mark.parametrize("best", [1, 2])
+def test_calls_may_be_as_short_as_they_like(clock, best):
+    threads = Threads(2)
+    used = run(threads, clock, {1: 0.01, 2: 0.01, best: 0.005}, 1, 100_000)
+    assert set(used[:10_000]) == {1, 2}
+    assert used[20_000:].count(3 - best) < 2 * SHARE * 80_000
 
 
 @pytest.mark.parametrize("tokens", [1, 8])
@@ -69,9 +85,12 @@ def test_trials_take_little_time(clock, tokens):
     """Those that are clearly lost, and however slow the other is."""
     for slower in (1.3, 3.0, 50.0, 500.0):
         threads = Threads(2)
-        run(threads, clock, {1: 1.0, 2: slower}, tokens, FIRST)
+        ms = {1: 1.0, 2: slower}
+        chosen(threads, clock, ms)
+        run(threads, clock, ms, tokens, 2 * PERIOD // tokens)  # the first repetition is soon
         before = clock.now
-        used = run(threads, clock, {1: 1.0, 2: slower}, tokens, 20 * A_WHILE // tokens)
+        used = run(threads, clock, ms, tokens, 100 * A_WHILE // tokens)
+        assert trials(used)
         assert used.count(2) * slower * MS < (SHARE + 0.01) * (clock.now - before)
 
 
@@ -85,13 +104,15 @@ def test_the_first_call_is_not_counted(clock):
     assert set(used[: int(SLICE / MS)]) == {2}
 
 
-def test_a_wrong_first_choice_is_soon_corrected(clock):
+@pytest.mark.parametrize("best", [1, 2])
+def test_a_wrong_first_choice_is_soon_corrected(clock, best):
     """Another library's thread still spins on a core while the first trial runs."""
     threads = Threads(2)
-    run(threads, clock, {1: 1.0, 2: 1.1}, 1, FIRST)
-    used = run(threads, clock, {1: 1.0, 2: 0.5}, 1, 2 * PERIOD + 2 * FIRST)
-    assert used[0] == 1
-    assert used[-1] == 2
+    chosen(threads, clock, {1: 1.0, 2: 1.0, best: 1.1})
+    used = run(threads, clock, {1: 1.0, 2: 1.0, best: 0.5}, 1, PERIOD + FIRST)
+    assert used[0] == 3 - best
+    assert used[-1] == best
+    assert used.index(best) <= PERIOD
 
 
 @pytest.mark.parametrize("slower", [LOST - 0.01, LOST + 0.01])
@@ -138,8 +159,8 @@ def test_the_wait_between_trials_has_an_end(clock):
     threads = Threads(2)
     used = run(threads, clock, {1: 1.0, 2: 50.0}, 1024, 6 * LONGEST // 1024)
     last, before = (b - a for a, b in list(itertools.pairwise(trials(used)))[:-3:-1])
-    assert LONGEST <= last <= LONGEST + 1024 + TRIAL
-    assert last == pytest.approx(before, abs=1024 + TRIAL)
+    assert LONGEST <= last <= LONGEST + 2 * 1024
+    assert last == pytest.approx(before, abs=2 * 1024)
 
 
 def test_what_was_long_ago_does_not_count(clock):
@@ -209,10 +230,34 @@ def test_a_fixed_number_is_used(clock):
 
 def test_a_call_that_fails_is_not_counted(clock):
     threads = Threads(2)
-    with pytest.raises(RuntimeError), threads.measured(TRIAL):
+    run(threads, clock, {2: 1.0}, 1, 2)
+    with suppress(RuntimeError), threads.measured(8):
+        clock.now += 100.0
         raise RuntimeError
-    with threads.measured(1) as call:
-        assert call.threads == 2
+    assert run(threads, clock, {2: 1.0}, 1, int(SLICE / MS) - 2) == [2] * (int(SLICE / MS) - 2)
+
+
+def test_reading_is_not_counted(clock):
+    """It has no head to compute for most of its tokens."""
+    threads = Threads(2)
+    chosen(threads, clock, {1: 1.0, 2: 0.5})
+    for _ in range(3):
+        with threads.untimed(1000) as call:
+            assert (call.threads, call.limit) == (2, None)
+            clock.now += 100.0
+    assert set(run(threads, clock, {1: 1.0, 2: 0.5}, 1, PERIOD)) == {2}
+
+
+def test_a_call_that_another_caller_overtook_is_not_counted(clock):
+    threads = Threads(2)
+    run(threads, clock, {2: 1.0}, 1, 2)
+    with threads.measured(1) as late:
+        while threads._trying == 2:
+            run(threads, clock, {2: 1.0}, 1, 1)
+        clock.now += 100.0
+    assert late.threads == 2
+    chosen(threads, clock, {1: 1.5, 2: 1.0})
+    assert set(run(threads, clock, {1: 1.5, 2: 1.0}, 1, PERIOD)) == {2}
 
 
 @pytest.mark.parametrize("slice", [1e-4, 0.0])  # seconds; with none, calls return after a token
@@ -223,7 +268,7 @@ def test_a_model_uses_both_and_says_the_same(kit, monkeypatch, slice):
     alone = ff.compile(kit.model(), threads=1, max_len=400, backend="cpu")
     caches = model.new_cache(), alone.new_cache()
     token = 5
-    for _ in range(16 * TRIAL):
+    for _ in range(112):
         ours, theirs = (
             m.decode(c, token, steps=3).tolist()
             for m, c in zip((model, alone), caches, strict=True)

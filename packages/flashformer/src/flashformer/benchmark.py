@@ -1,6 +1,7 @@
 """Milliseconds a token of a compiled model, and of others with the same weights, in turns."""
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 PEERS = ("eager", "compile", "llama.cpp")
 TURN, MOST = 0.05, 16  # seconds of a turn that is filled with bursts, and at most so many
 LEAST = 8  # tokens before a turn that are not timed
+LONGEST_WARM_UP = 10.0  # seconds, where the machine never comes to rest
 PROMPT = 24  # tokens after which logits are compared
 # The largest rms error of a logit over their rms. Unrelated logits have about 1.4.
 GATES = {"fp32": 1e-3, "bf16": 0.1, "int8": 0.2, "int4": 0.8}
@@ -200,8 +202,7 @@ def in_turns(
     """
     bursts = {}
     for key, runner in runners.items():
-        tries = 4 if isinstance(runner, Flash) else 1  # ours tries numbers of threads
-        spent = [runner.seconds(0, length, tokens) for _ in range(tries)][-1]
+        spent = warm_up(runner, length, tokens)
         bursts[key] = max(1, min(MOST, int(TURN / max(spent, 1e-9))))
     times: dict[str, list[float]] = {key: [] for key in runners}
     for turn in range(rounds):
@@ -212,6 +213,19 @@ def in_turns(
             ]
         note(f"round {turn + 1} of {rounds}")
     return times
+
+
+def warm_up(runner: Runner, length: int, tokens: int) -> float:
+    """Decode, untimed, until ours has found out how many threads to use.
+
+    Returns:
+        Seconds of the last burst.
+    """
+    end = time.perf_counter() + LONGEST_WARM_UP
+    while True:
+        spent = runner.seconds(0, length, tokens)
+        if not isinstance(runner, Flash) or runner.settled or time.perf_counter() > end:
+            return spent
 
 
 def read_limit(model: FlashModel) -> float | None:

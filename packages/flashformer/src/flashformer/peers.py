@@ -103,6 +103,11 @@ class Flash(Runner):
         self.cache_item = 4 if model.backend.cache_format == "fp32" else 2
         self.cache = model.new_cache()
 
+    @property
+    def settled(self) -> bool:
+        """Whether it is known how many threads are best, and none is being tried."""
+        return self.threads is not None or self.model._threads.most is None
+
     def start(self, prompt: "Tensor", cache: "Cache | None" = None) -> None:  # noqa: D102
         if cache is None:
             self.cache.crop(0)

@@ -3,7 +3,7 @@
 Two threads that wait for each other are slower than one where a core is busy with something else,
 or where the model is so small that waiting costs more than reading. So both are timed, the faster
 one is used, and the other is tried again after a while, the longer after, the more often it lost;
-and at once where a call takes much longer than it did. The first choice is soon looked at again: it
+and at once where the machine has become much slower. The first choice is soon looked at again: it
 is made right after a prompt was read, while other libraries' threads may still spin on the cores.
 """
 
@@ -12,17 +12,19 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
-# A trial has so many tokens and takes so many seconds: on a busy machine threads run undisturbed
-# for some milliseconds at a time, and wait for more. It ends sooner where so many calls all took so
-# many times as long as the best, or the time was long enough and the mean is so bad.
-TRIAL, SLICE = 7, 0.03
+# What counts are the newest calls that have so many seconds and tokens together: on a busy machine
+# threads run undisturbed for some milliseconds at a time, and wait for more.
+SLICE, TOKENS = 0.03, 4
+PARTS = 10  # calls to fill a slice in a trial
+# A trial is lost sooner where its first calls, so many, all took more than LOST times as long as
+# the best, or where all of a slice did on average.
 CLEAR, LOST = 3, 1.25
-PERIOD = 32  # tokens until the first repetition of a trial; at least doubled with each that is lost
-SHARE = 0.05  # of the time, at most, for trials that are lost
-LONGEST = 2**16
+PERIOD = 32  # tokens from the first choice, or a change of it, to the next trial
+LONGEST = 2**16  # and at most: the wait is at least doubled with each trial that is lost,
+SHARE = 0.05  # and so long that the trial took no more than this share of the time
 SLOWED = 2.0  # times as slow as it was: the other is tried at once
-RECENT = 64  # calls
 
 
 @dataclass
@@ -38,6 +40,39 @@ class Call:
     threads: int
     tokens: int
     limit: float | None = None
+
+
+class _Calls:
+    """The newest calls, as many as are enough to judge by."""
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[float, int]] = deque()
+        self.seconds, self.tokens, self.fastest = 0.0, 0, float("inf")
+
+    def add(self, seconds: float, tokens: int) -> None:
+        self._calls.append((seconds, tokens))
+        self.seconds += seconds
+        self.tokens += tokens
+        self.fastest = min(self.fastest, seconds / tokens)  # of all, also those long ago
+        oldest = self._calls[0]
+        while self.seconds - oldest[0] >= SLICE and self.tokens - oldest[1] >= TOKENS:
+            self._calls.popleft()
+            self.seconds -= oldest[0]
+            self.tokens -= oldest[1]
+            oldest = self._calls[0]
+
+    @property
+    def count(self) -> int:
+        return len(self._calls)
+
+    @property
+    def mean(self) -> float:
+        """Seconds of a token, 0 where there was none."""
+        return self.seconds / self.tokens if self.tokens else 0.0
+
+    @property
+    def enough(self) -> bool:
+        return self.seconds >= SLICE and self.tokens >= TOKENS
 
 
 class Threads:
@@ -56,19 +91,27 @@ class Threads:
         self._seconds: dict[int, float] = {}  # of a token, by number of threads
         self._best = self._trying = self._choices[0]
         self._cold = True  # the very first call makes buffers and touches all memory
-        self._calls: deque[tuple[float, int]] = deque(maxlen=RECENT)  # seconds and tokens
-        self._left, self._wait = TRIAL, PERIOD  # tokens to the end of the trial or of the wait
+        self._recent = _Calls()
+        self._left = 0  # tokens to the next trial
+        self._wait = PERIOD
+        self._lock = Lock()
 
     @property
     def most(self) -> int | None:
-        """Tokens that the next call should have at most: few in a trial, which stays short."""
+        """Tokens that the next call should have at most; None says nothing."""
         if self.fixed is not None or len(self._choices) == 1 or not self._trial:
             return None
-        return 1 if len(self._calls) < CLEAR else TRIAL
+        usual = self._usual
+        return max(1, int(SLICE / PARTS / usual)) if usual else 1
 
     @property
     def _trial(self) -> bool:
         return len(self._seconds) < len(self._choices) or self._trying != self._best
+
+    @property
+    def _usual(self) -> float:
+        """Seconds of a token, 0 where nothing is known."""
+        return self._seconds.get(self._best) or self._recent.mean
 
     @contextmanager
     def measured(self, tokens: int) -> Iterator[Call]:
@@ -76,51 +119,58 @@ class Threads:
         if self.fixed is not None or len(self._choices) == 1:
             yield Call(self.fixed or self._choices[0], tokens)
             return
-        usual = self._seconds.get(self._best, 0.0)
-        call = Call(self._trying, tokens, max(SLICE, SLOWED * usual * tokens))
+        with self._lock:
+            limit = max(SLICE, SLOWED * self._usual * tokens)
+            call = Call(self._trying, tokens, limit)
         start = time.perf_counter()
         yield call
         spent = time.perf_counter() - start
-        if self._cold:
-            self._cold = False
+        with self._lock:
+            if self._cold:
+                self._cold = False
+            elif call.threads == self._trying:  # else another caller's call was decided upon
+                self._note(spent, call.tokens)
+
+    @contextmanager
+    def untimed(self, tokens: int) -> Iterator[Call]:
+        """Yield a call whose time does not count."""
+        yield Call(self.fixed or self._best, tokens)
+
+    def _note(self, spent: float, tokens: int) -> None:
+        recent, best = self._recent, self._seconds.get(self._best)
+        recent.add(spent, tokens)
+        if self._trial:
+            bad = LOST * best if best else float("inf")
+            clear = recent.count >= CLEAR and recent.fastest > bad
+            late = recent.seconds >= SLICE and recent.mean > bad
+            if recent.enough or clear or late:
+                self._judge()
             return
-        self._calls.append((spent, call.tokens))
-        self._left -= call.tokens
-        if self._over(spent / call.tokens):
-            self._decide()
+        assert best is not None
+        self._left -= tokens
+        slowed = recent.enough and recent.mean > SLOWED * best
+        if slowed:
+            self._wait //= 2  # nothing was waited for
+        if slowed or self._left <= 0:
+            self._seconds[self._best] = recent.mean
+            self._trying = next(n for n in self._choices if n != self._best)
+            self._recent = _Calls()
 
-    def _over(self, seconds: float) -> bool:
-        """Whether the trial, or the wait for the next one, is over after a call."""
-        best = self._seconds.get(self._best)
-        if not self._trial:
-            assert best is not None
-            return self._left <= 0 or seconds > SLOWED * best  # the machine has become busy
-        spent, tokens = self._total()
-        if best is not None:
-            each = [spent / tokens for spent, tokens in self._calls]
-            if len(each) >= CLEAR and min(each) > LOST * best:
-                return True
-            if spent >= SLICE and spent / tokens > LOST * best:
-                return True
-        return self._left <= 0 and spent >= SLICE
-
-    def _total(self) -> tuple[float, int]:
-        """Return seconds and tokens of the calls since the last decision."""
-        return sum(spent for spent, _ in self._calls), sum(tokens for _, tokens in self._calls)
-
-    def _decide(self) -> None:
-        spent, tokens = self._total()
-        self._seconds[self._trying] = spent / tokens
-        self._calls.clear()
+    def _judge(self) -> None:
+        """End a trial."""
+        first = len(self._seconds) < len(self._choices)
+        spent = self._recent.seconds
+        self._seconds[self._trying] = self._recent.mean
+        self._recent = _Calls()
         untried = [n for n in self._choices if n not in self._seconds]
         if untried:
-            self._trying, self._left = untried[0], TRIAL
-        elif not self._trial:
-            self._trying = next(n for n in self._choices if n != self._best)
-            self._left = TRIAL
+            self._trying = untried[0]
+            return
+        winner = min(self._seconds, key=self._seconds.__getitem__)
+        if first or winner != self._best:
+            self._wait = PERIOD
         else:
-            winner = min(self._seconds, key=self._seconds.__getitem__)
-            longer = max(2 * self._wait, spent / (SHARE * self._seconds[winner]))
-            self._wait = PERIOD if winner != self._best else min(int(longer), LONGEST)
-            self._best = self._trying = winner
-            self._left = self._wait
+            longest = max(2 * self._wait, int(spent / (SHARE * self._seconds[winner])))
+            self._wait = min(longest, LONGEST)
+        self._best = self._trying = winner
+        self._left = self._wait

@@ -289,7 +289,7 @@ class CPUBackend:
             seed: Of the draws.
             ends: Tokens after which to stop.
             cancel: `[1]` int32; stops after the token during which it becomes 1.
-            limit: Seconds after which the token then chosen is the last.
+            limit: Seconds after which the token then chosen is the last; all that is given is read.
             stages: Only stages of the plan from the first to before the second, of one token, to
                 measure what calls cost; the stages before must have been run for the same token.
 

@@ -93,6 +93,7 @@ inline F tile_int8(const uint8_t* stream, ptrdiff_t far, const Gemv& g, const In
     const I dot = undo8((acc[0] + acc[1]) + (acc[2] + acc[3]), x.sums[group]);
     total = fma(to_float(dot), all(x.scales[group]), total);
   }
+  prefetch_line(w, far);  // the scales
   return total * load(reinterpret_cast<const float*>(w));
 }
 
@@ -105,6 +106,7 @@ inline F tile_int4(const uint8_t* w, ptrdiff_t far, const Gemv& g, const Input& 
       for (int i = 0; i < 4; ++i) prefetch_line(w + 64 * i, far);
       acc = dot4(w, x.quantised + k, acc);
     }
+    prefetch_line(w, far);  // the scales
     const F scale = load_half(reinterpret_cast<const uint16_t*>(w)) * all(x.scales[group]);
     w += 2 * LANES;
     F dot = to_float(acc);
@@ -117,15 +119,18 @@ inline F tile_int4(const uint8_t* w, ptrdiff_t far, const Gemv& g, const Input& 
   return total;
 }
 
+constexpr int64_t FARTHEST = 64 * 1024;  // bytes ahead: they must fit into a core's own cache
+
 // Calls emit(first row, 16 results) for each tile of a worker. While a tile is multiplied the one
-// after it comes into the cache; after the last one that is `next`, which does not depend on it.
+// after it comes into the cache, and while the last is, what begins at `next`: the weights of the
+// next portion or stage, which depend on nothing.
 template <class Emit>
 void multiply(const Gemv& g, int worker, const uint8_t* next, const Input& x, Emit emit) {
   const uint8_t* w = g.stream[worker];
   const int stop = g.first[worker + 1];
   const auto run = [&](auto tile) {
     for (int t = g.first[worker]; t < stop; ++t, w += g.tile_bytes)
-      emit(t * LANES, tile(w, t + 1 < stop ? g.tile_bytes : next - w, g, x));
+      emit(t * LANES, tile(w, t + 1 < stop ? std::min(g.tile_bytes, FARTHEST) : next - w, g, x));
   };
   switch (g.format) {
     case F32: run(tile_f32); break;

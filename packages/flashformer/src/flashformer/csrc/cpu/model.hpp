@@ -60,7 +60,7 @@ struct Request {
   int32_t all_logits;                   // 1: logits [steps, vocab]; 0: [vocab], the last step's
   float* logits;
   double temperature;
-  double limit;                         // seconds after which the token then chosen is the last
+  double limit;                         // seconds from the start after which the token then chosen is the last
   uint64_t seed;
   const int32_t* cancel;                // stop where it is not 0
   int32_t not_a_number;                 // out: a logit was NaN
