@@ -385,7 +385,7 @@ class Bench:
             "Times are of a token, the mean of a burst of "
             f"{TOKENS}, greedy, the choice included; n is the number of bursts.",
             "bytes: weights, keys and values that a token reads; limit: the best streaming read of "
-            f"512 MB in this run ({read}). Models that fit into the cache exceed it.",
+            f"512 MB in this run ({read}). Models that fit into the cache may exceed it.",
             "int8: ours a scale a row, llama.cpp q8_0; int4: both a scale for 32 weights (q4_0), "
             "the head as well; vLLM and torch have bf16.",
             f"flashformer ran on its back-end {self.backend}; it chooses the number of threads "

@@ -162,6 +162,9 @@ TOKENS = {
     "empty": ([], ["at least one", "[0]"]),
     "floats": ([1.5], ["whole numbers", "float32"]),
     "bools": ([True], ["whole numbers", "bool"]),
+    "none": (None, ["whole numbers"]),
+    "words": (["a"], ["whole numbers"]),
+    "large": ([2**70], ["whole numbers"]),
     "batch": ([[1, 2]], ["list of at least one", "[1, 2]"]),
 }
 
@@ -180,6 +183,10 @@ def test_a_token_out_of_range_in_every_call(pair):
     cache = compiled.new_cache()
     refused(lambda: compiled.step(97, cache), "token 97")
     refused(lambda: compiled.decode(cache, 97, steps=2), "token 97")
+    for token in (None, "a", torch.tensor([1, 2]), 1.0):
+        refused(lambda token=token: compiled.decode(cache, token, steps=2), "whole number")
+    for end in ("a", 1.5):
+        refused(lambda end=end: compiled.decode(cache, 1, steps=2, ends=[end]), "whole number")
     refused(lambda: compiled.generate([[97]], max_new_tokens=2), "token 97")
     refused(lambda: compiled.prefill(torch.tensor([97] * 20), cache), "token 97")
 

@@ -125,6 +125,18 @@ def test_explain_needs_neither_weights_nor_a_gpu(model, tmp_path, capsys):
     assert json.loads((tmp_path / "a.json").read_text())
 
 
+def test_explain_of_a_compiled_folder_has_its_formats(model, tmp_path, capsys):
+    four = ("--weights", "int4", "--group_size", 32)
+    call("quantize", model, *four, "--out", tmp_path / "q4")
+    call("explain", tmp_path / "q4", "--json", tmp_path / "a.json")
+    call("explain", model, *four, "--json", tmp_path / "b.json")
+    call("explain", model, "--json", tmp_path / "c.json")
+    one, same, other = (json.loads((tmp_path / f"{x}.json").read_text()) for x in "abc")
+    assert one == same != other
+    for option in (("--weights", "bf16"), ("--group_size", 64)):
+        assert "compiled already" in said(capsys, "explain", tmp_path / "q4", *option)
+
+
 def test_bench(model, tmp_path, capsys):
     call("bench", model, "--contexts", 8, "--json", tmp_path / "a.json")
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
@@ -148,6 +160,7 @@ MISTAKES = {
     "chat": (["generate", "MODEL", "--prompt", "x", "--chat"], "no chat template"),
     "count": (["generate", "MODEL", "--prompt", "x", "--max_new_tokens", "0"], "whole number"),
     "group": (["generate", "MODEL", "--prompt", "x", "--group_size", "64"], "is for int4"),
+    "explain": (["explain", "MODEL", "--group_size", "64"], "is for int4"),
     "long": (["generate", "MODEL", "--prompt", "x" * 300], "max_len"),
     "gpu": (["explain", "MODEL", "--gpu", "h2000"], "h200"),
     "json": (["info", "MODEL", "--json", "none/a.json"], "there is no folder"),

@@ -371,6 +371,16 @@ def test_a_logit_that_is_nan_is_an_error(kit, workers, row):
             greedy(native, [5], new, threads=workers)
 
 
+@pytest.mark.parametrize("id", ["int8", "int4-g32"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("isa", isas())
+def test_an_activation_that_is_not_finite_is_no_silent_zero(kit, id, bad, isa):
+    native, weights = backend(kit, kit.model(**WIDE), id, isa=isa)
+    weights.layers[1].norm1[7] = bad  # packed already, read at every token
+    with pytest.raises(UserError, match="a logit is NaN"):
+        greedy(native, [5], 1)
+
+
 def test_denormal_numbers_are_zeros_to_it_and_nobody_else(kit):
     model = kit.model()
     with torch.no_grad():

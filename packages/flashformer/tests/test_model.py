@@ -42,6 +42,44 @@ def test_step_feed_and_decode_fit_together(compiled, kit):
     assert other.length == 6 + 2
 
 
+def test_calls_have_a_limit_and_say_what_they_decoded(kit, monkeypatch):
+    """Those that return early are not taken for whole ones, and what is only read is not timed."""
+    model = ff.compile(kit.model(), threads=2, max_len=200, backend="cpu")
+    cache = model.new_cache()
+    limits, native = [], model.backend.decode
+
+    def early(*args, **options):
+        limits.append(options.pop("limit", None))
+        return native(*args, **options, limit=0.0 if limits[-1] is not None else 60.0)
+
+    monkeypatch.setattr(model.backend, "decode", early)
+    model.feed(range(1, 71), cache)
+    assert limits == [None] * 3  # no call reads more than 32: Ctrl-C waits for no longer
+    assert model._threads._cold
+    limits.clear()
+    monkeypatch.setattr(type(model._threads), "most", None)
+    whole = model.decode(cache, 5, steps=8)
+    assert len(whole) == len(limits) == 8
+    assert min(limits) > 0
+    assert model._threads._recent.tokens == 7  # the first one is not counted
+    monkeypatch.undo()
+    assert torch.equal(model.decode(cache.crop(70), 5, steps=8), whole)
+
+
+def test_reading_in_parts_changes_no_bit(kit):
+    model = ff.compile(kit.model(), threads=2, max_len=200, backend="cpu")
+    tokens = kit.tokens(70)
+    every = model.feed(tokens, model.new_cache(), every=True)
+    one, cache = [], model.new_cache()
+    for token in tokens:
+        one.append(model.step(token, cache)[0])
+    assert torch.equal(every, torch.stack(one))
+    model.feed(tokens, cache)
+    with pytest.raises(UserError, match="positions"):
+        model.feed(tokens, cache)
+    assert len(cache) == 140  # nothing was read
+
+
 def test_defaults_follow_the_model(kit):
     model = kit.model()
     made = ff.compile(model, threads=1)

@@ -100,15 +100,15 @@ def _check_numbers(
     for what, number in numbers:
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise UserError(f"{what} must be whole numbers of at least 1, not {number!r}")
-    if max(contexts) + tokens > model.max_len:
-        raise UserError(
-            f"context {max(contexts)} and {tokens} tokens are over the model's max_len "
-            f"{model.max_len}; compile with a larger one, or ask for shorter contexts"
-        )
     if model.source is None:
         raise UserError(
             "this model was loaded and has no transformers model to compare with; benchmark one "
             "that compile() made"
+        )
+    if max(contexts) + tokens > model.max_len:
+        raise UserError(
+            f"context {max(contexts)} and {tokens} tokens are over the model's max_len "
+            f"{model.max_len}; compile with a larger one, or ask for shorter contexts"
         )
 
 

@@ -91,9 +91,9 @@ def _parser() -> Parser:
 
     explain = verb("explain", _explain, "what a token costs, stage by stage; needs no weights")
     _add_name(explain)
-    explain.add_argument("--weights", default="bf16", choices=FORMATS, help="(default bf16)")
+    explain.add_argument("--weights", choices=FORMATS, help="(default bf16)")
     explain.add_argument("--head", choices=FORMATS, help="(default int8 for int4)")
-    explain.add_argument("--group_size", type=int, default=128, choices=(32, 64, 128))
+    explain.add_argument("--group_size", type=int, choices=(32, 64, 128), help="(default 128)")
     explain.add_argument("--gpu", help="such as h200: its units and bandwidth")
     explain.add_argument("--workers", type=whole(), help="of the plan")
     explain.add_argument("--bandwidth", type=_positive, help="GB/s (default: that of the GPU)")
@@ -258,14 +258,28 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
+    from flashformer import files
     from flashformer.config import ModelSpec
     from flashformer.roofline import explain
 
+    names = ("weights", "head", "group_size")
+    _check_formats(arguments, names)
+    if _is_compiled(arguments.model):
+        settings = files.read_settings(Path(arguments.model))
+        spec = ModelSpec.from_dict(settings["spec"])
+        matrix = next(iter(settings["matrices"].values()))
+        formats = {name: settings[name] for name in ("weights", "head", "cache")}
+        formats |= {"group": matrix["group"] or 128, "zeros": matrix["zeros"]}
+    else:
+        spec = ModelSpec.from_config(_config(arguments.model))
+        formats = {
+            "weights": arguments.weights or "bf16",
+            "head": arguments.head,
+            "group": arguments.group_size or 128,
+        }
     found = explain(
-        ModelSpec.from_config(_config(arguments.model)),
-        weights=arguments.weights,
-        head=arguments.head,
-        group=arguments.group_size,
+        spec,
+        **formats,
         gpu=arguments.gpu,
         workers=arguments.workers,
         bandwidth=arguments.bandwidth * 1e9 if arguments.bandwidth else None,
@@ -296,26 +310,36 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _compiled(arguments: argparse.Namespace) -> "FlashModel":
     """Load a compiled folder, or compile a model."""
     quiet_libraries()
-    from flashformer import files
     from flashformer.api import from_pretrained, load
 
-    if (Path(arguments.model) / files.SETTINGS).is_file():
-        for name in ("weights", "head", "group_size", "asymmetric", "max_len"):
-            if getattr(arguments, name):
-                raise UserError(
-                    f"--{name} is for compiling, and {arguments.model} is compiled already; leave "
-                    "it out"
-                )
+    _check_formats(arguments, ("weights", "head", "group_size", "asymmetric", "max_len"))
+    if _is_compiled(arguments.model):
         return load(arguments.model, threads=arguments.threads)
-    if arguments.weights != "int4" and arguments.head != "int4":
-        for name in ("group_size", "asymmetric"):
-            if getattr(arguments, name):
-                raise UserError(f"--{name} is for int4 and would change nothing here; leave it out")
     return from_pretrained(
         arguments.model, weights=arguments.weights, head=arguments.head,
         group_size=arguments.group_size, symmetric=False if arguments.asymmetric else None,
         max_len=arguments.max_len, threads=arguments.threads,
     )  # fmt: skip
+
+
+def _is_compiled(model: str) -> bool:
+    from flashformer.files import SETTINGS
+
+    return (Path(model) / SETTINGS).is_file()
+
+
+def _check_formats(arguments: argparse.Namespace, names: tuple[str, ...]) -> None:
+    """Refuse options, of those named, that would change nothing."""
+    given = [name for name in names if getattr(arguments, name)]
+    for name in given:
+        if _is_compiled(arguments.model):
+            raise UserError(
+                f"--{name} is for compiling, and {arguments.model} is compiled already; leave it "
+                "out"
+            )
+        four_bits = "int4" in (arguments.weights, arguments.head)
+        if name in ("group_size", "asymmetric") and not four_bits:
+            raise UserError(f"--{name} is for int4 and would change nothing here; leave it out")
 
 
 def _config(name: str) -> Any:

@@ -72,6 +72,29 @@ def save(
             tokenizer.save_pretrained(target)
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return what `save` wrote of a model besides its tensors.
+
+    Raises:
+        UserError: the folder is not there, holds something else or was written in another layout.
+    """
+    if not (folder / SETTINGS).is_file():
+        raise UserError(
+            f"{folder} holds no compiled model (it has no {SETTINGS}); FlashModel.save and "
+            "`flashformer quantize` write them"
+        )
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        layout = settings["layout"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / SETTINGS} is broken: {error}") from error
+    if layout != LAYOUT:
+        raise UserError(
+            f"{folder} has layout {layout}, this version reads {LAYOUT}; compile the model anew"
+        )
+    return settings
+
+
 def load(folder: Path, *, workers: int, backend: str) -> "FlashModel":
     """Read what `save` wrote.
 
@@ -84,21 +107,9 @@ def load(folder: Path, *, workers: int, backend: str) -> "FlashModel":
     from flashformer.api import make_backend
     from flashformer.model import FlashModel
 
-    if not (folder / SETTINGS).is_file():
-        raise UserError(
-            f"{folder} holds no compiled model (it has no {SETTINGS}); FlashModel.save and "
-            "`flashformer quantize` write them"
-        )
-    verify(folder)
-    try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        layout = settings["layout"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / SETTINGS} is broken: {error}") from error
-    if layout != LAYOUT:
-        raise UserError(
-            f"{folder} has layout {layout}, this version reads {LAYOUT}; compile the model anew"
-        )
+    if (folder / SETTINGS).is_file():
+        verify(folder)
+    settings = read_settings(folder)
     try:
         spec = ModelSpec.from_dict(settings["spec"])
         weights = _read(folder, spec, settings["matrices"])

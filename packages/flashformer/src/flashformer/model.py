@@ -1,5 +1,6 @@
 """`FlashModel`: a compiled model that decodes a token, or many, in one call."""
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -139,8 +140,13 @@ class FlashModel:
         Raises:
             UserError: as in `step`.
         """
-        logits, _ = self._decode(self._checked(tokens), cache, 0, every=every)
-        return logits
+        import torch
+
+        checked = self._checked(tokens)
+        self._check_cache(cache)
+        cache.check_room(len(checked))
+        parts = [self._decode(few, cache, 0, every=every)[0] for few in checked.split(BURST)]
+        return torch.cat(parts) if every else parts[-1]
 
     def decode(
         self,
@@ -154,7 +160,8 @@ class FlashModel:
     ) -> "Tensor":
         """Read a token, choose the next, read it, and so on: `steps` tokens in one native call.
 
-        In some more calls while the number of threads is found out.
+        In some more calls while the number of threads is found out, and where one takes far longer
+        than it should.
 
         Args:
             cache: Its length grows by the number of tokens read.
@@ -178,6 +185,7 @@ class FlashModel:
         check_seed(seed)
         if isinstance(ends, str) or not isinstance(ends, Sequence):
             raise UserError(f"ends must be a list of tokens, not {ends!r}")
+        ends = [_whole(token) for token in ends]
         import torch
 
         given = self._checked([_whole(token)])
@@ -220,7 +228,10 @@ class FlashModel:
     def _checked(self, tokens: "Sequence[int] | Tensor") -> "Tensor":
         import torch
 
-        found = torch.as_tensor(tokens)
+        try:
+            found = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"tokens must be a list of whole numbers ({error})") from error
         if found.ndim != 1 or not len(found):
             raise UserError(
                 f"tokens must be a list of at least one, not of shape {list(found.shape)}"
@@ -436,7 +447,10 @@ def _whole(token: "int | Tensor") -> int:
     kind = getattr(token, "dtype", None)
     if isinstance(token, bool | float) or (kind is not None and "int" not in str(kind)):
         raise UserError(f"a token is a whole number, not {token!r}")
-    return int(token)
+    try:
+        return operator.index(token)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a token is a whole number, not {token!r}") from error
 
 
 def warn_training(model: "PreTrainedModel") -> None:

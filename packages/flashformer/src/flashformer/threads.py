@@ -150,7 +150,7 @@ class Threads:
         self._left -= tokens
         slowed = recent.enough and recent.mean > SLOWED * best
         if slowed:
-            self._wait //= 2  # nothing was waited for
+            self._wait //= 2  # undoes the doubling of a trial that is lost: nothing was waited for
         if slowed or self._left <= 0:
             self._seconds[self._best] = recent.mean
             self._trying = next(n for n in self._choices if n != self._best)
@@ -170,7 +170,7 @@ class Threads:
         if first or winner != self._best:
             self._wait = PERIOD
         else:
-            longest = max(2 * self._wait, int(spent / (SHARE * self._seconds[winner])))
-            self._wait = min(longest, LONGEST)
+            wait = max(2 * self._wait, int(spent / (SHARE * self._seconds[winner])))
+            self._wait = min(wait, LONGEST)
         self._best = self._trying = winner
         self._left = self._wait
