@@ -58,6 +58,7 @@ def test_calls_have_a_limit_and_say_what_they_decoded(kit, monkeypatch):
     assert model._threads._cold
     limits.clear()
     monkeypatch.setattr(type(model._threads), "most", None)
+    monkeypatch.setattr("flashformer.threads.SLICE", 1e6)  # no trial ends meanwhile
     whole = model.decode(cache, 5, steps=8)
     assert len(whole) == len(limits) == 8
     assert min(limits) > 0
