@@ -125,14 +125,20 @@ def test_explain_needs_neither_weights_nor_a_gpu(model, tmp_path, capsys):
     assert json.loads((tmp_path / "a.json").read_text())
 
 
-def test_explain_of_a_compiled_folder_has_its_formats(model, tmp_path, capsys):
-    four = ("--weights", "int4", "--group_size", 32)
+@pytest.mark.parametrize("layers", ["int4", "bf16"])
+def test_explain_of_a_compiled_folder_has_its_formats(model, tmp_path, capsys, layers):
+    four = ("--weights", layers, "--head", "int4", "--group_size", 32)
     call("quantize", model, *four, "--out", tmp_path / "q4")
     call("explain", tmp_path / "q4", "--json", tmp_path / "a.json")
     call("explain", model, *four, "--json", tmp_path / "b.json")
     call("explain", model, "--json", tmp_path / "c.json")
     one, same, other = (json.loads((tmp_path / f"{x}.json").read_text()) for x in "abc")
     assert one == same != other
+    settings = json.loads((tmp_path / "q4/flashformer.json").read_text())
+    del settings["head"]
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/flashformer.json").write_text(json.dumps(settings))
+    assert "it lacks 'head'" in said(capsys, "explain", tmp_path / "broken")
     for option in (("--weights", "bf16"), ("--group_size", 64)):
         assert "compiled already" in said(capsys, "explain", tmp_path / "q4", *option)
 

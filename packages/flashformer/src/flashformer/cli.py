@@ -262,14 +262,14 @@ def _explain(arguments: argparse.Namespace) -> int:
     from flashformer.config import ModelSpec
     from flashformer.roofline import explain
 
-    names = ("weights", "head", "group_size")
-    _check_formats(arguments, names)
+    _check_formats(arguments, ("weights", "head", "group_size"))
     if _is_compiled(arguments.model):
         settings = files.read_settings(Path(arguments.model))
         spec = ModelSpec.from_dict(settings["spec"])
-        matrix = next(iter(settings["matrices"].values()))
         formats = {name: settings[name] for name in ("weights", "head", "cache")}
-        formats |= {"group": matrix["group"] or 128, "zeros": matrix["zeros"]}
+        for matrix in settings["matrices"].values():
+            if matrix["format"] == "int4":
+                formats |= {"group": matrix["group"], "zeros": matrix["zeros"]}
     else:
         spec = ModelSpec.from_config(_config(arguments.model))
         formats = {

@@ -76,7 +76,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Return what `save` wrote of a model besides its tensors.
 
     Raises:
-        UserError: the folder is not there, holds something else or was written in another layout.
+        UserError: the folder is not there, holds something else, was written in another layout or
+            lacks a setting.
     """
     if not (folder / SETTINGS).is_file():
         raise UserError(
@@ -92,6 +93,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} has layout {layout}, this version reads {LAYOUT}; compile the model anew"
         )
+    for name in ("spec", "weights", "head", "cache", "max_len", "matrices"):
+        if name not in settings:
+            raise UserError(f"{folder} is broken: it lacks {name!r}")
     return settings
 
 

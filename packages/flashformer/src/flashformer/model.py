@@ -222,7 +222,7 @@ class FlashModel:
                 threads=call.threads, **sampling,
             )  # fmt: skip
             call.tokens = len(given) + max(len(chosen) - 1, 0)
-        cache.length += len(given) + max(len(chosen) - 1, 0)
+        cache.length += call.tokens
         return logits, chosen
 
     def _checked(self, tokens: "Sequence[int] | Tensor") -> "Tensor":

@@ -21,9 +21,9 @@ PARTS = 10  # calls to fill a slice in a trial
 # A trial is lost sooner where its first calls, so many, all took more than LOST times as long as
 # the best, or where all of a slice did on average.
 CLEAR, LOST = 3, 1.25
-PERIOD = 32  # tokens from the first choice, or a change of it, to the next trial
-LONGEST = 2**16  # and at most: the wait is at least doubled with each trial that is lost,
-SHARE = 0.05  # and so long that the trial took no more than this share of the time
+# Tokens to the next trial: PERIOD after the first choice and after a change of it. A trial that is
+# lost doubles them, or more, so that it took no more than SHARE of the time; LONGEST is the end.
+PERIOD, LONGEST, SHARE = 32, 2**16, 0.05
 SLOWED = 2.0  # times as slow as it was: the other is tried at once
 
 
